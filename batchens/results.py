@@ -1,0 +1,153 @@
+"""The CSV contract: one file a run, written once and whole; many files read as one table. Imports no torch.
+
+`results/<experiment>/<run_id>.csv`, long format: a row per epoch, split (train, validation, test) and member. `member` is
+empty in the row of the ensemble's averaged prediction. Every row carries the whole configuration, and its last column,
+`rows`, says how many rows the file has: a file cut short anywhere is seen to be so.
+
+| columns                                    | meaning                                                                    |
+|--------------------------------------------|----------------------------------------------------------------------------|
+| run_id, experiment, <config ...>           | what was run                                                               |
+| parameters                                 | number of trained parameters                                               |
+| epoch, split, member                       | epoch from 1; test only at the last one                                    |
+| accuracy, nll, brier, ece                  | of this member or of the ensemble (`batchens.metrics`); train: running, in training mode |
+| disagreement, epistemic                    | between members, ensemble rows only                                        |
+| seconds, images_per_second, peak_memory_mb | of training in this epoch: validation, checkpoint and start-up excluded; new images per second |
+| commit ... finished                        | provenance                                                                 |
+| rows                                       | rows in this file                                                          |
+"""
+
+import csv
+import io
+import os
+import platform
+import socket
+import subprocess
+import warnings
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from datetime import UTC, datetime
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from batchens.files import ROOT, write_text
+
+METRICS = ("accuracy", "nll", "brier", "ece", "disagreement", "epistemic")
+
+
+def result_path(folder: Path, experiment: str, run_id: str) -> Path:
+    """Return where the result of a run belongs: it exists if and only if the run is done."""
+    return folder / experiment / f"{run_id}.csv"
+
+
+def write_run(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Write the rows of one run, all with the same keys, whole or not at all.
+
+    A file that is already there is never overwritten: a complete one raises FileExistsError, a damaged one is kept
+    beside the new one as `<name>.damaged`.
+    """
+    if path.exists():
+        if damage(path) is None:
+            raise FileExistsError(f"a result is written once, however {path} is there and complete")
+        os.replace(path, path.with_name(path.name + ".damaged"))
+    text = io.StringIO()
+    writer = csv.DictWriter(text, [*rows[0], "rows"], lineterminator="\n")
+    writer.writeheader()
+    writer.writerows({**row, "rows": len(rows)} for row in rows)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_text(path, text.getvalue())
+
+
+def damage(path: Path) -> str | None:
+    """Return why the file is not a complete result, or None when it is one."""
+    return _damage(path, path.read_bytes())
+
+
+def _damage(path: Path, content: bytes) -> str | None:
+    if not content.startswith(b"run_id,experiment,") or not content.partition(b"\n")[0].endswith(b",rows"):
+        return "not a result of this suite: its first line is not our header"
+    if not content.endswith(b"\n"):
+        return "cut short: its last line has no end"
+    rows = content.count(b"\n") - 1
+    stated = content[content.rindex(b",") + 1 : -1]
+    if rows == 0 or stated != str(rows).encode():
+        return f"cut short: {rows} rows, and the last says there are {stated.decode(errors='replace')}"
+    stated_id = content.split(b"\n", 2)[1].partition(b",")[0].decode(errors="replace")
+    if stated_id != path.stem:
+        return f"renamed: its rows are of the run {stated_id}"
+    return None
+
+
+def read_results(folder: Path, experiment: str) -> "Any":
+    """Read every complete result of an experiment into one pandas.DataFrame; warn of each file that is not one.
+
+    The files of one header are joined as text and parsed once: ten thousand small files in seconds, not minutes.
+    """
+    import pandas as pd
+
+    bodies: dict[bytes, list[bytes]] = defaultdict(list)
+    for path in sorted((folder / experiment).glob("*.csv")):
+        content = path.read_bytes()
+        if reason := _damage(path, content):
+            warnings.warn(f"left out {path}: {reason}; move it away, and submit again to repeat the run", stacklevel=2)
+            continue
+        header, _, body = content.partition(b"\n")
+        bodies[header].append(body)
+    frames = [
+        pd.read_csv(io.BytesIO(b"\n".join([header, b"".join(parts)])), dtype={"member": "Int64"}, float_precision="round_trip")
+        for header, parts in bodies.items()
+    ]
+    return pd.concat(frames, ignore_index=True) if frames else pd.DataFrame()
+
+
+@cache
+def _code_version() -> tuple[str, bool | None]:
+    # only the code that makes numbers counts as dirty: a new result file or an edited README changes none
+    def git(*arguments: str) -> str:
+        return subprocess.run(
+            ["git", "-C", str(ROOT), *arguments], capture_output=True, text=True, check=True, timeout=20
+        ).stdout.strip()
+
+    try:
+        return git("rev-parse", "HEAD"), bool(git("status", "--porcelain", "--", "batchens", "scripts"))
+    except (OSError, subprocess.SubprocessError):
+        return "", None
+
+
+def provenance() -> dict[str, Any]:
+    """Return where and by what code a run was made: commit, dirty, host, job_id, python, finished (UTC)."""
+    commit, dirty = _code_version()
+    return {
+        "commit": commit,
+        "dirty": dirty,
+        "host": socket.gethostname(),
+        "job_id": scheduler_job_id(),
+        "python": platform.python_version(),
+        "finished": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
+
+
+def scheduler_job_id() -> str:
+    """Return the id of the scheduler's job that this process runs in, an array's element as ID_INDEX; else ''."""
+    environment = os.environ
+    if array := environment.get("SLURM_ARRAY_JOB_ID"):
+        return f"{array}_{environment['SLURM_ARRAY_TASK_ID']}"
+    if environment.get("LSB_JOBINDEX", "0") != "0":
+        return f"{environment['LSB_JOBID']}_{environment['LSB_JOBINDEX']}"
+    for name in ("SLURM_JOB_ID", "LSB_JOBID", "SUBMITIT_LOCAL_JOB_ID"):
+        if environment.get(name):
+            return environment[name]
+    return ""
+
+
+def differences(rows: Iterable[Mapping[str, Any]], others: Iterable[Mapping[str, Any]]) -> dict[str, float]:
+    """Return the largest absolute difference of each metric between two runs' rows, matched by epoch, split, member."""
+    key = ("epoch", "split", "member")
+    measured = {tuple(str(row[name]) for name in key): row for row in others}
+    largest = dict.fromkeys(METRICS, 0.0)
+    for row in rows:
+        other = measured[tuple(str(row[name]) for name in key)]
+        for name in METRICS:
+            if row[name] not in ("", None):
+                largest[name] = max(largest[name], abs(float(row[name]) - float(other[name])))
+    return largest

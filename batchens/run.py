@@ -1,0 +1,241 @@
+"""One run: its name, its folder, who works on it, and how it ends. Imports no torch.
+
+`runs/<experiment>/<run_id>/` holds, while the run is not done:
+
+| file            | written                             | says                                                        |
+|-----------------|-------------------------------------|-------------------------------------------------------------|
+| claim.json      | when a process takes up the run     | host, process and scheduler job: nobody else starts it      |
+| checkpoint.pt   | after each epoch                    | everything to go on from                                    |
+| progress.json   | after each epoch                    | epoch k of K, last validation accuracy, seconds             |
+| failure.txt     | when the run fails                  | the reason in one line, then the traceback                  |
+
+The result, `results/<experiment>/<run_id>.csv`, is what makes a run done; the checkpoint and the claim are then removed.
+"""
+
+import json
+import os
+import socket
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from batchens import results
+from batchens.files import check_writable, data_folder, results_folder, runs_folder, write_text
+from batchens.grid import Config, run_id
+
+
+@dataclass(frozen=True)
+class Folders:
+    """Where files live (`batchens.files` has the table)."""
+
+    data: Path
+    runs: Path
+    results: Path
+
+    @classmethod
+    def of(cls, data: Path | None = None, runs: Path | None = None, results: Path | None = None) -> "Folders":
+        """Return the given folders, made absolute, and for each absent one that of its environment variable."""
+        return cls(
+            (data or data_folder()).absolute(), (runs or runs_folder()).absolute(), (results or results_folder()).absolute()
+        )
+
+
+class InUse(RuntimeError):
+    """Another live process works on this run."""
+
+
+class Run:
+    """A run of an experiment in these folders."""
+
+    def __init__(self, experiment: str, config: Config, folders: Folders):
+        self.experiment, self.config, self.folders = experiment, config, folders
+        self.id = run_id(config)
+        self.folder = folders.runs / experiment / self.id
+        self.result = results.result_path(folders.results, experiment, self.id)
+        self.checkpoint = self.folder / "checkpoint.pt"
+        self.claim = self.folder / "claim.json"
+        self.progress = self.folder / "progress.json"
+        self.failure = self.folder / "failure.txt"
+
+    def done(self) -> bool:
+        return self.result.exists() and results.damage(self.result) is None
+
+    @contextmanager
+    def taken(self) -> Iterator[None]:
+        """Hold the run for this process; on leaving with an error, note the reason in `failure.txt`.
+
+        Raises:
+            InUse: a live process holds it, here or, as far as can be known, on another host.
+            OSError: no file can be written where the run or its result belongs; known before any training.
+        """
+        check_writable(self.folder)
+        check_writable(self.result.parent)
+        self._claim()
+        try:
+            self.failure.unlink(missing_ok=True)
+            yield
+        except Exception as error:
+            reason = f"{type(error).__name__}: {error}".splitlines()[0]
+            with suppress(OSError):  # a full disk is one of the reasons to fail
+                write_text(self.failure, f"{reason}\n\n{traceback.format_exc()}")
+            raise
+        finally:
+            with suppress(OSError):
+                self.claim.unlink()
+
+    def _claim(self) -> None:
+        owner = {
+            "host": socket.gethostname(),
+            "pid": os.getpid(),
+            "born": _born(os.getpid()),
+            "job_id": results.scheduler_job_id(),
+            "since": time.time(),
+        }
+        for _ in range(2):
+            try:
+                descriptor = os.open(self.claim, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644)  # atomic, on NFS too
+            except FileExistsError:
+                other = read_json(self.claim)
+                if owner_alive(other, for_job=owner["job_id"]):
+                    raise InUse(
+                        f"a run is worked on by one process at a time, however {self.id} is held by process "
+                        f"{other.get('pid')} on {other.get('host')}"
+                        + (f" (job {other['job_id']})" if other.get("job_id") else "")
+                        + f"; if that one is surely dead, delete {self.claim}"
+                    ) from None
+                stale = self.claim.with_name(f".claim.{owner['host']}.{owner['pid']}.tmp")
+                with suppress(FileNotFoundError):  # of two that find it stale, one renames it
+                    os.rename(self.claim, stale)
+                    stale.unlink()
+                continue
+            with os.fdopen(descriptor, "w") as file:
+                json.dump(owner, file)
+            return
+        raise InUse(f"a run is worked on by one process at a time, however another one has just taken up {self.id}")
+
+    def after_epoch(self, rows: Sequence[dict[str, Any]], epochs: int) -> None:
+        """Say how far the run is: a line in its log, and `progress.json` for `jobs status`."""
+        row = next(row for row in rows if row["split"] == "validation" and row["member"] is None)
+        write_text(
+            self.progress,
+            json.dumps(
+                {
+                    "epoch": row["epoch"],
+                    "epochs": epochs,
+                    "accuracy": row["accuracy"],
+                    "seconds": row["seconds"],
+                    "updated": time.time(),
+                }
+            ),
+        )
+        print(
+            f"{self.id}: epoch {row['epoch']} of {epochs}, validation accuracy {row['accuracy']:.4f}, NLL {row['nll']:.4f}, "
+            f"{row['seconds']:.1f} s",
+            flush=True,
+        )
+
+    def write(self, rows: Sequence[dict[str, Any]], **facts: Any) -> Path:
+        """Write the result of the run: each row with the configuration, `facts` and the provenance; clear its folder."""
+        incidental = self.config.INCIDENTAL
+        config = {name: value for name, value in asdict(self.config).items() if name not in incidental}
+        head = {"run_id": self.id, "experiment": self.experiment, **config}
+        tail = {**facts, **results.provenance()}
+        columns = ("epoch", "split", "member", *results.METRICS, "seconds", "images_per_second", "peak_memory_mb")
+        results.write_run(self.result, [{**head, **{name: row.get(name) for name in columns}, **tail} for row in rows])
+        for path in (self.checkpoint, self.progress):
+            path.unlink(missing_ok=True)
+        return self.result
+
+
+def owner_alive(owner: dict[str, Any], for_job: str = "") -> bool:
+    """Say whether the process that wrote a claim may still be at work.
+
+    On this host the process table knows. A claim of the asking job itself is left over from before it was requeued. Of
+    another host nothing is known here, so it counts as alive; `jobs`, which asks the scheduler, removes it if it is not.
+    """
+    if for_job and owner.get("job_id") == for_job and owner.get("pid") != os.getpid():
+        return False
+    if owner.get("host") != socket.gethostname():
+        return bool(owner)  # an empty claim: its writer was killed, or is about to write; see `read_json`
+    return _born(owner.get("pid", 0)) == owner.get("born")
+
+
+def _born(pid: int) -> str:
+    """Return when a process started, '' when there is none: with it, a reused process id is not taken for the old one."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
+    except OSError:
+        pass
+    if sys.platform == "linux":
+        return ""
+    try:
+        os.kill(pid, 0)
+    except OSError:
+        return ""
+    return "alive"
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Return the object in a small JSON file; {} when it is absent or was never finished."""
+    try:
+        content = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+def command_line(experiment: str, config_type: type[Any], main: Callable[[Any, Folders], Path], doc: str) -> int:
+    """Run a script from its command line: the fields of its Config and the three folders as options; return the exit code.
+
+    0: done, or done before. 1: the run failed; 2: nothing was run, because something asked for is not possible; 130:
+    stopped by Ctrl-C, to be gone on with by the same command.
+    """
+    import tyro
+
+    @dataclass(frozen=True)
+    class Arguments:
+        config: tyro.conf.OmitArgPrefixes[config_type]  # type: ignore[valid-type]
+        data: Path | None = None
+        """folder of the images (default: $BATCHENS_DATA, else data/)"""
+        runs: Path | None = None
+        """folder of checkpoints and logs (default: $BATCHENS_RUNS, else runs/)"""
+        results: Path | None = None
+        """folder of the CSV files (default: $BATCHENS_RESULTS, else results/)"""
+
+    try:
+        arguments = tyro.cli(Arguments, description=doc, prog=f"python -m scripts.{experiment}")
+    except ValueError as error:  # from the Config's own checks
+        return _say(2, error)
+    folders = Folders.of(arguments.data, arguments.runs, arguments.results)
+    return guarded(lambda: main(arguments.config, folders))
+
+
+def guarded(work: Callable[[], Any]) -> int:
+    """Call `work`, turn what it raises into one line on stderr, and return the exit code (see `command_line`)."""
+    try:
+        work()
+    except KeyboardInterrupt:
+        print("\nstopped; the same command goes on after the last whole epoch", file=sys.stderr)
+        return 130
+    except (ValueError, InUse) as error:
+        return _say(2, error)
+    except OSError as error:
+        where = f" ({error.filename})" if error.filename else ""
+        return _say(
+            1 if error.errno is None else 2,
+            f"{error.strerror or error}{where}: free some space or make the folder writable, or choose others with --runs and "
+            "--results; what was measured so far is kept",
+        )
+    except RuntimeError as error:
+        return _say(1, error)
+    return 0
+
+
+def _say(code: int, message: object) -> int:
+    print(f"error: {message}", file=sys.stderr)
+    return code

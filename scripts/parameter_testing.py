@@ -1,0 +1,245 @@
+"""BatchEnsemble parameter testing: which initial alpha and gamma, how many members, at which learning rate?
+
+Each run trains one setting on one data set, validates after every epoch, reads the test set once at the end, and writes
+results/parameter_testing/<run_id>.csv. Beside every BatchEnsemble stand the single network and a deep ensemble of the same
+size with the same number of epochs and steps, and a single network with as many epochs as the ensemble has member-epochs.
+
+    on a cluster     python -m jobs submit parameter_testing --grid alpha_gamma --cluster NAME
+    on a laptop      python -m jobs submit parameter_testing --grid demo --cluster local
+    one run again    python -m jobs run parameter_testing RUN
+    one of your own  python -m scripts.parameter_testing --dataset cifar10 --model cnn --method batchensemble --epochs 10
+    the figures      python -m plots parameter_testing
+
+A run of the demo takes seconds; VGG11 on CIFAR-10 for 15 epochs takes hours on a CPU and belongs on a GPU.
+"""
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar, Literal
+
+from batchens.data.catalog import DATASETS, DatasetName
+from batchens.grid import grid, unique
+from batchens.run import Folders, Run, command_line
+
+
+@dataclass(frozen=True)
+class Config:
+    """What one run trains. A field that the method has no use for takes its neutral value (`__post_init__`)."""
+
+    dataset: DatasetName = "digits"
+    """images to learn; digits are bundled, the others are downloaded once"""
+    model: Literal["mlp", "cnn", "vgg11"] = "cnn"
+    """mlp: 512 hidden units; cnn: two convolutions; vgg11: eight"""
+    batchnorm: Literal["shared", "member_affine", "member", "none"] = "shared"
+    """over all members' rows; with affine parameters of each member; with statistics of each member too; or without"""
+    method: Literal["single", "batchensemble", "deep_ensemble"] = "batchensemble"
+    """one network; members that share slow weights; independent networks"""
+    ensemble_size: int = 4
+    """number of members"""
+    alpha_init: float | None = 0.5
+    """input factors of each member: negative v is N(1, |v|), 0 to 1 the probability of +1 (else -1), None leaves them out"""
+    gamma_init: float | None = 0.5
+    """output factors of each member, in the same code"""
+    regime: Literal["repeat", "split"] = "repeat"
+    """whether each member sees the whole batch or its share of it"""
+    optimizer: Literal["sgd", "adam", "ivon"] = "sgd"
+    """SGD with Nesterov momentum, AdamW, or IVON"""
+    learning_rate: float = 0.1
+    """peak, after the warm-up; a cosine takes it to 0 at the end"""
+    weight_decay: float = 5e-4
+    """on slow weights only"""
+    momentum: float = 0.9
+    """of SGD; beta1 of Adam and IVON"""
+    hess_init: float = 0.5
+    """IVON's initial Hessian"""
+    epochs: int = 15
+    """passes over the training images"""
+    warmup_epochs: float = 1.0
+    """epochs in which the learning rate rises linearly"""
+    batch_size: int = 128
+    """new images in each step, whatever the number of members"""
+    augment: bool = True
+    """random crops and flips, where the data set allows them"""
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    """of forward passes; auto: bf16 on a GPU that has it, else fp16, fp32 on a CPU"""
+    seed: int = 0
+    """of the initial weights, the order of the images and their augmentation"""
+    device: str = "auto"
+    """auto, cpu or cuda"""
+    threads: int = 0
+    """CPU threads; 0 leaves the choice to torch"""
+    compile: bool = False
+    """compile training steps with torch.compile"""
+
+    NAMED: ClassVar = (
+        "dataset", "model", "method", "ensemble_size", "alpha_init", "gamma_init", "learning_rate", "epochs", "seed",
+    )  # fmt: skip
+    INCIDENTAL: ClassVar = ("device", "threads", "compile")
+
+    def __post_init__(self) -> None:
+        neutral: dict[str, object] = {}
+        if self.method == "single":
+            neutral = {"ensemble_size": 1, "regime": "repeat"}
+        if self.method != "batchensemble":
+            neutral |= {"alpha_init": None, "gamma_init": None}
+            if self.batchnorm in ("member_affine", "member"):
+                neutral["batchnorm"] = "shared"
+        if self.optimizer != "ivon":
+            neutral["hess_init"] = 0.5
+        for name, value in neutral.items():
+            object.__setattr__(self, name, value)
+        for name, least in (("ensemble_size", 1), ("epochs", 1), ("batch_size", 1), ("warmup_epochs", 0), ("weight_decay", 0)):
+            if not getattr(self, name) >= least:
+                raise ValueError(f"{name} must be at least {least}, however: {getattr(self, name)}")
+        if not self.learning_rate > 0:
+            raise ValueError(f"learning_rate must be positive, however: {self.learning_rate}")
+        for name in ("alpha_init", "gamma_init"):
+            value = getattr(self, name)
+            if value is not None and not value <= 1:
+                raise ValueError(f"{name} must be negative, between 0 and 1, or None, however: {value}")
+        if self.model == "vgg11" and DATASETS[self.dataset].shape[-1] < 28:
+            raise ValueError(f"vgg11 takes images of 28x28 or 32x32, however {self.dataset} has smaller ones; use cnn or mlp")
+
+
+SEEDS = range(3)
+SIGNED = (-1.0, -0.8, -0.5, -0.2, 0.0, 0.2, 0.5, 0.8, 1.0)
+
+
+def with_references(base: Config, ensembles: list[Config]) -> list[Config]:
+    """Put beside BatchEnsembles what they must be compared with, at the same seeds and learning rates.
+
+    A single network, a deep ensemble of each size, and a single network trained as many times longer as there are members,
+    which sees as many images as all members of a BatchEnsemble under `repeat` together.
+    """
+    rates = sorted({config.learning_rate for config in ensembles})
+    sizes = sorted({config.ensemble_size for config in ensembles} - {1})
+    single = grid(base, method=["single"], learning_rate=rates, seed=SEEDS)
+    longer = grid(base, method=["single"], learning_rate=rates, epochs=[base.epochs * m for m in sizes], seed=SEEDS)
+    deep = grid(base, method=["deep_ensemble"], learning_rate=rates, ensemble_size=sizes, seed=SEEDS)
+    return unique([*single, *longer, *deep, *ensembles])
+
+
+def alpha_gamma(base: Config, alphas: tuple[float, ...], gammas: tuple[float, ...]) -> list[Config]:
+    return with_references(base, grid(base, alpha_init=alphas, gamma_init=gammas, seed=SEEDS))
+
+
+def ensemble_size(base: Config, sizes: tuple[int, ...], rates: tuple[float, ...]) -> list[Config]:
+    return with_references(base, grid(base, ensemble_size=sizes, learning_rate=rates, seed=SEEDS))
+
+
+DEMO = Config(epochs=8, batch_size=64)
+VGG = Config(dataset="cifar10", model="vgg11")
+CNN = Config(dataset="cifar10", model="cnn", epochs=6)
+
+GRIDS = {
+    "demo": unique(
+        [
+            *alpha_gamma(DEMO, (-0.5, 0.5, 1.0), (-0.5, 0.5, 1.0)),
+            *ensemble_size(DEMO, (1, 2, 4), (0.03, 0.1)),
+        ]
+    ),
+    "alpha_gamma": alpha_gamma(VGG, SIGNED, SIGNED),
+    "ensemble_size": ensemble_size(VGG, (1, 2, 4, 8, 16), (0.01, 0.03, 0.1, 0.3)),
+    "cnn": with_references(
+        CNN,
+        [
+            config
+            for config in grid(CNN, alpha_init=(-0.5, 0.5, 1.0), gamma_init=(-0.5, 0.5, 1.0), seed=SEEDS)
+            if (config.alpha_init, config.gamma_init) in {(-0.5, -0.5), (0.5, 0.5), (0.5, 1.0), (1.0, 0.5), (1.0, 1.0)}
+        ],
+    ),
+}
+
+
+def main(config: Config, folders: Folders) -> Path:
+    """Train and measure one run; return the path of its result, at once when it is there."""
+    run = Run("parameter_testing", config, folders)
+    if run.done():
+        print(f"done before: {run.result}")
+        return run.result
+    with run.taken():
+        return train(run, config)
+
+
+def train(run: Run, config: Config) -> Path:
+    import torch
+    from torch import nn
+
+    from batchens import optimizers
+    from batchens.data import images as data
+    from batchens.layers import batch_ensemble
+    from batchens.models.cnn import cnn
+    from batchens.models.deep_ensemble import DeepEnsemble
+    from batchens.models.mlp import mlp
+    from batchens.models.vgg import vgg11
+    from batchens.training import choose_device, device_facts, fit, keep_freed_memory
+
+    keep_freed_memory()
+    if config.threads:
+        torch.set_num_threads(config.threads)
+    device = choose_device(config.device)
+    images = data.load(config.dataset, run.folders.data, device)
+    channels, size, _ = images.shape
+
+    def network(member: int) -> nn.Module:
+        # Each network's weights are those of its own seed: a single network, the slow weights of a BatchEnsemble and the
+        # first member of a deep ensemble of one seed start from the same point.
+        torch.manual_seed(1000 * config.seed + member)
+        if config.model == "mlp":
+            return mlp(channels * size * size, [512], images.num_classes)
+        build = {"cnn": cnn, "vgg11": vgg11}[config.model]
+        return build(images.num_classes, channels, size, batchnorm=config.batchnorm != "none")
+
+    model: nn.Module
+    if config.method == "batchensemble":
+        model = batch_ensemble(
+            network(0),
+            ensemble_size=config.ensemble_size,
+            alpha_init=config.alpha_init,
+            gamma_init=config.gamma_init,
+            batchnorm="shared" if config.batchnorm == "none" else config.batchnorm,
+        )
+    elif config.method == "deep_ensemble":
+        model = DeepEnsemble([network(m) for m in range(config.ensemble_size)])
+    else:
+        model = network(0)
+    model.to(device, memory_format=torch.channels_last)
+    optimizer = optimizers.build(
+        config.optimizer,
+        model,
+        learning_rate=config.learning_rate,
+        weight_decay=config.weight_decay,
+        momentum=config.momentum,
+        training_examples=len(images.train),
+        hess_init=config.hess_init,
+    )
+    torch.manual_seed(config.seed)  # of IVON's samples
+    rows = fit(
+        model,
+        images,
+        optimizer,
+        ensemble_size=config.ensemble_size,
+        regime=config.regime,
+        epochs=config.epochs,
+        warmup_epochs=config.warmup_epochs,
+        batch_size=config.batch_size,
+        augmented=config.augment,
+        seed=config.seed,
+        precision=config.precision,
+        compiled=config.compile,
+        checkpoint=run.checkpoint,
+        on_epoch=lambda new: run.after_epoch(new, config.epochs),
+    )
+    path = run.write(
+        rows,
+        parameters=sum(parameter.numel() for parameter in model.parameters()),
+        **device_facts(device, config.precision, optimizer),
+        data_source=images.source,
+    )
+    print(f"written: {path}")
+    return path
+
+
+if __name__ == "__main__":
+    sys.exit(command_line("parameter_testing", Config, main, __doc__))
