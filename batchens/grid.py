@@ -27,7 +27,9 @@ def grid(base: C, **axes: Iterable[Any]) -> list[C]:
     known = {field.name for field in fields(base)}
     for axis in axes:
         if axis not in known:
-            raise ValueError(f"an axis of a grid must be a field of the Config, however: {axis!r}; one of: {sorted(known)}")
+            raise ValueError(
+                f"an axis of a grid must be a field of the Config, however: {axis!r}; one of: {sorted(known)}"
+            )
     return [replace(base, **dict(zip(axes, point, strict=True))) for point in itertools.product(*axes.values())]
 
 

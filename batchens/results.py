@@ -94,7 +94,9 @@ def read_results(folder: Path, experiment: str) -> "Any":
         header, _, body = content.partition(b"\n")
         bodies[header].append(body)
     frames = [
-        pd.read_csv(io.BytesIO(b"\n".join([header, b"".join(parts)])), dtype={"member": "Int64"}, float_precision="round_trip")
+        pd.read_csv(
+            io.BytesIO(b"\n".join([header, b"".join(parts)])), dtype={"member": "Int64"}, float_precision="round_trip"
+        )
         for header, parts in bodies.items()
     ]
     return pd.concat(frames, ignore_index=True) if frames else pd.DataFrame()

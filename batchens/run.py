@@ -20,29 +20,30 @@ import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from batchens import results
+from batchens.data.catalog import DataError
 from batchens.files import check_writable, data_folder, results_folder, runs_folder, write_text
 from batchens.grid import Config, run_id
 
 
 @dataclass(frozen=True)
 class Folders:
-    """Where files live (`batchens.files` has the table)."""
+    """Where files live; relative paths are made absolute, so that a job started elsewhere means the same ones."""
 
-    data: Path
-    runs: Path
-    results: Path
+    data: Path = field(default_factory=data_folder)
+    """images (or $BATCHENS_DATA)"""
+    runs: Path = field(default_factory=runs_folder)
+    """checkpoints, logs and submission records (or $BATCHENS_RUNS)"""
+    results: Path = field(default_factory=results_folder)
+    """CSV files, one a run (or $BATCHENS_RESULTS)"""
 
-    @classmethod
-    def of(cls, data: Path | None = None, runs: Path | None = None, results: Path | None = None) -> "Folders":
-        """Return the given folders, made absolute, and for each absent one that of its environment variable."""
-        return cls(
-            (data or data_folder()).absolute(), (runs or runs_folder()).absolute(), (results or results_folder()).absolute()
-        )
+    def __post_init__(self) -> None:
+        for name in ("data", "runs", "results"):
+            object.__setattr__(self, name, Path(getattr(self, name)).absolute())
 
 
 class InUse(RuntimeError):
@@ -92,7 +93,7 @@ class Run:
         owner = {
             "host": socket.gethostname(),
             "pid": os.getpid(),
-            "born": _born(os.getpid()),
+            "born": born(os.getpid()),
             "job_id": results.scheduler_job_id(),
             "since": time.time(),
         }
@@ -162,13 +163,14 @@ def owner_alive(owner: dict[str, Any], for_job: str = "") -> bool:
         return False
     if owner.get("host") != socket.gethostname():
         return bool(owner)  # an empty claim: its writer was killed, or is about to write; see `read_json`
-    return _born(owner.get("pid", 0)) == owner.get("born")
+    return born(owner.get("pid", 0)) == owner.get("born")
 
 
-def _born(pid: int) -> str:
+def born(pid: int) -> str:
     """Return when a process started, '' when there is none: with it, a reused process id is not taken for the old one."""
     try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        return "" if fields[0] == "Z" else fields[19]  # a zombie is dead; in containers it may stay for long
     except OSError:
         pass
     if sys.platform == "linux":
@@ -197,22 +199,12 @@ def command_line(experiment: str, config_type: type[Any], main: Callable[[Any, F
     """
     import tyro
 
-    @dataclass(frozen=True)
-    class Arguments:
-        config: tyro.conf.OmitArgPrefixes[config_type]  # type: ignore[valid-type]
-        data: Path | None = None
-        """folder of the images (default: $BATCHENS_DATA, else data/)"""
-        runs: Path | None = None
-        """folder of checkpoints and logs (default: $BATCHENS_RUNS, else runs/)"""
-        results: Path | None = None
-        """folder of the CSV files (default: $BATCHENS_RESULTS, else results/)"""
+    def script(config: config_type, folders: Folders) -> int:  # type: ignore[valid-type]
+        return guarded(lambda: main(config, folders))
 
-    try:
-        arguments = tyro.cli(Arguments, description=doc, prog=f"python -m scripts.{experiment}")
-    except ValueError as error:  # from the Config's own checks
-        return _say(2, error)
-    folders = Folders.of(arguments.data, arguments.runs, arguments.results)
-    return guarded(lambda: main(arguments.config, folders))
+    return tyro.cli(
+        tyro.conf.configure(tyro.conf.OmitArgPrefixes)(script), description=doc, prog=f"python -m scripts.{experiment}"
+    )
 
 
 def guarded(work: Callable[[], Any]) -> int:
@@ -222,7 +214,7 @@ def guarded(work: Callable[[], Any]) -> int:
     except KeyboardInterrupt:
         print("\nstopped; the same command goes on after the last whole epoch", file=sys.stderr)
         return 130
-    except (ValueError, InUse) as error:
+    except (ValueError, InUse, DataError) as error:
         return _say(2, error)
     except OSError as error:
         where = f" ({error.filename})" if error.filename else ""

@@ -91,7 +91,9 @@ def autocast_dtype(precision: Precision, device: torch.device, optimizer: torch.
             return torch.bfloat16
         return torch.float32 if ivon else torch.float16
     if precision == "fp16" and (device.type == "cpu" or ivon):
-        raise ValueError("fp16 needs a GPU and SGD or Adam (it scales the loss, which IVON can't follow); use bf16 or fp32")
+        raise ValueError(
+            "fp16 needs a GPU and SGD or Adam (it scales the loss, which IVON can't follow); use bf16 or fp32"
+        )
     return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
 
 
@@ -127,7 +129,9 @@ def check_batches(ensemble_size: int, regime: Regime, batch_size: int, examples:
             f"ensemble_size={ensemble_size}; choose another batch_size, or regime repeat"
         )
     if batch_size > examples:
-        raise ValueError(f"batch_size must be at most the number of training images, however: {batch_size} > {examples}")
+        raise ValueError(
+            f"batch_size must be at most the number of training images, however: {batch_size} > {examples}"
+        )
     return examples // batch_size
 
 
@@ -232,7 +236,9 @@ def fit(
 
 
 @torch.no_grad()
-def predict(model: nn.Module, images: Images, split: str, ensemble_size: int, dtype: torch.dtype = torch.float32) -> Tensor:
+def predict(
+    model: nn.Module, images: Images, split: str, ensemble_size: int, dtype: torch.dtype = torch.float32
+) -> Tensor:
     """Return each member's log probabilities of a split, float32: (ensemble_size, examples, classes)."""
     model.eval()
     parts = []

@@ -89,7 +89,13 @@ class Config:
             neutral["hess_init"] = 0.5
         for name, value in neutral.items():
             object.__setattr__(self, name, value)
-        for name, least in (("ensemble_size", 1), ("epochs", 1), ("batch_size", 1), ("warmup_epochs", 0), ("weight_decay", 0)):
+        for name, least in (
+            ("ensemble_size", 1),
+            ("epochs", 1),
+            ("batch_size", 1),
+            ("warmup_epochs", 0),
+            ("weight_decay", 0),
+        ):
             if not getattr(self, name) >= least:
                 raise ValueError(f"{name} must be at least {least}, however: {getattr(self, name)}")
         if not self.learning_rate > 0:
@@ -99,7 +105,9 @@ class Config:
             if value is not None and not value <= 1:
                 raise ValueError(f"{name} must be negative, between 0 and 1, or None, however: {value}")
         if self.model == "vgg11" and DATASETS[self.dataset].shape[-1] < 28:
-            raise ValueError(f"vgg11 takes images of 28x28 or 32x32, however {self.dataset} has smaller ones; use cnn or mlp")
+            raise ValueError(
+                f"vgg11 takes images of 28x28 or 32x32, however {self.dataset} has smaller ones; use cnn or mlp"
+            )
 
 
 SEEDS = range(3)
@@ -130,7 +138,7 @@ def ensemble_size(base: Config, sizes: tuple[int, ...], rates: tuple[float, ...]
 
 DEMO = Config(epochs=8, batch_size=64)
 VGG = Config(dataset="cifar10", model="vgg11")
-CNN = Config(dataset="cifar10", model="cnn", epochs=6)
+CNN = Config(dataset="cifar10", model="cnn", epochs=4)
 
 GRIDS = {
     "demo": unique(
@@ -144,9 +152,9 @@ GRIDS = {
     "cnn": with_references(
         CNN,
         [
-            config
-            for config in grid(CNN, alpha_init=(-0.5, 0.5, 1.0), gamma_init=(-0.5, 0.5, 1.0), seed=SEEDS)
-            if (config.alpha_init, config.gamma_init) in {(-0.5, -0.5), (0.5, 0.5), (0.5, 1.0), (1.0, 0.5), (1.0, 1.0)}
+            *grid(CNN, alpha_init=[1.0], gamma_init=[1.0], seed=SEEDS),  # identical members
+            *grid(CNN, alpha_init=[0.5], gamma_init=[0.5], seed=SEEDS),
+            *grid(CNN, alpha_init=[-0.5], gamma_init=[-0.5], seed=SEEDS),
         ],
     ),
 }

@@ -6,6 +6,10 @@ from typing import Literal
 DatasetName = Literal["digits", "cifar10", "cifar20", "cifar100", "fashion_mnist"]
 
 
+class DataError(RuntimeError):
+    """A data set is absent, incomplete or not what its name says; the message tells what to do."""
+
+
 @dataclass(frozen=True)
 class Dataset:
     """One image data set: classes, shape `(channels, height, width)`, augmentation and normalisation."""

@@ -25,14 +25,10 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from batchens.data.catalog import CIFAR20_SUPERCLASSES, DATASETS, Dataset, DatasetName
+from batchens.data.catalog import CIFAR20_SUPERCLASSES, DATASETS, DataError, Dataset, DatasetName
 from batchens.files import data_folder, replacing
 
 DOWNLOAD_TIMEOUT = 30  # seconds of silence: a compute node's firewall often drops packets rather than refuse them
-
-
-class DataError(RuntimeError):
-    """A data set is absent, incomplete or not what its name says; the message tells what to do."""
 
 
 @dataclass(frozen=True)

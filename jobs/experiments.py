@@ -1,0 +1,51 @@
+"""Experiments, their grids and their runs by name. What can't be found is an error that says what there is."""
+
+import importlib
+from types import ModuleType
+
+from batchens.files import ROOT
+from batchens.grid import Config, run_id
+
+
+def names() -> list[str]:
+    """Return the experiments there are: the scripts."""
+    return sorted(path.stem for path in (ROOT / "scripts").glob("[a-z]*.py"))
+
+
+def script(experiment: str) -> ModuleType:
+    """Return the module of an experiment: its Config, its GRIDS and its main. It imports no torch until main is called."""
+    if experiment not in names():
+        raise ValueError(f"an experiment must be one of: {', '.join(names())}; however: {experiment!r}")
+    return importlib.import_module(f"scripts.{experiment}")
+
+
+def runs_of(experiment: str, grid: str | None = None) -> dict[str, Config]:
+    """Return run id -> Config of one grid, or of all grids of the experiment."""
+    grids: dict[str, list[Config]] = script(experiment).GRIDS
+    if grid is not None and grid not in grids:
+        raise ValueError(f"a grid of {experiment} must be one of: {', '.join(grids)}; however: {grid!r}")
+    chosen = grids.values() if grid is None else [grids[grid]]
+    return {run_id(config): config for configs in chosen for config in configs}
+
+
+def find(experiment: str, name: str, grid: str | None = None) -> tuple[str, Config]:
+    """Return the run that `name` means: a run id, the beginning of exactly one, or a position in `jobs plan`, from 0."""
+    runs = runs_of(experiment, grid)
+    if name in runs:
+        return name, runs[name]
+    if name.isdigit() and int(name) < len(runs):
+        return list(runs.items())[int(name)]
+    matching = [known for known in runs if known.startswith(name)]
+    if len(matching) == 1:
+        return matching[0], runs[matching[0]]
+    what = (
+        f"the beginning of one run, however {name!r} is that of {len(matching)}"
+        if matching
+        else f"one, however: {name!r}"
+    )
+    shown = "".join(f"\n  {known}" for known in (matching or list(runs))[:8])
+    more = max(0, len(matching or runs) - 8)
+    raise ValueError(
+        f"a run of {experiment} must be an id, {what}, or a number below {len(runs)}; among them:{shown}"
+        + (f"\n  and {more} more: python -m jobs plan {experiment}" if more else "")
+    )

@@ -1,0 +1,106 @@
+"""What has become of each run. The truth is, in this order: the result file, who works on it, what the last one left."""
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from batchens import results
+from batchens.files import write_text
+from batchens.grid import Config
+from batchens.run import Folders, Run, owner_alive, read_json
+
+STATES = {
+    "done": "a complete result is there",
+    "running": "a live process works on it",
+    "pending": "a live submission will come to it",
+    "failed": "it ended with an error",
+    "cancelled": "it was stopped on request",
+    "lost": "its process ended without a word: killed, out of memory, a node that went down",
+    "damaged": "its result file is cut short or not its own",
+    "missing": "nobody has tried it",
+}
+ALIVE = ("running", "pending")
+
+
+@dataclass
+class Submission:
+    """A record of what was handed to a scheduler, in `runs/<experiment>/submissions/<name>/record.json`."""
+
+    path: Path
+    experiment: str
+    cluster: str
+    host: str
+    submitted: float
+    elements: list[list[str]]
+    """run ids of each array element"""
+    jobs: dict[str, str] = field(default_factory=dict)
+    """of each worker or array element: scheduler's id -> when the process was born, for a local one"""
+
+    def write(self) -> None:
+        record = {name: value for name, value in asdict(self).items() if name != "path"}
+        write_text(self.path, json.dumps(record, indent=1))
+
+    def run_ids(self) -> set[str]:
+        return {run_id for element in self.elements for run_id in element}
+
+    def alive(self) -> bool:
+        """Say whether any worker of this local submission still lives; from another host that can't be known: yes."""
+        return any(owner_alive({"host": self.host, "pid": int(pid), "born": when}) for pid, when in self.jobs.items())
+
+
+def submissions(folders: Folders, experiment: str) -> list[Submission]:
+    """Return the records of all submissions of an experiment, the oldest first."""
+    paths = sorted((folders.runs / experiment / "submissions").glob("*/record.json"))
+    return [Submission(path=path, **record) for path in paths if (record := read_json(path))]
+
+
+@dataclass
+class RunState:
+    """A run and what is known of it."""
+
+    run: Run
+    state: str
+    reason: str = ""
+    progress: dict[str, Any] = field(default_factory=dict)
+    owner: dict[str, Any] = field(default_factory=dict)
+
+
+def look(folders: Folders, experiment: str, configs: Mapping[str, Config]) -> list[RunState]:
+    """Return the state of every run."""
+    past = submissions(folders, experiment)
+    waiting: dict[str, float] = {}
+    tried: set[str] = set()
+    for submission in past:
+        tried |= submission.run_ids()
+        if submission.alive():
+            waiting |= dict.fromkeys(submission.run_ids(), submission.submitted)
+    return [_state(Run(experiment, config, folders), waiting, tried) for config in configs.values()]
+
+
+def _state(run: Run, waiting: Mapping[str, float], tried: Iterable[str]) -> RunState:
+    try:
+        reason = results.damage(run.result)
+        return RunState(run, "done") if reason is None else RunState(run, "damaged", reason)
+    except FileNotFoundError:
+        pass
+    progress = read_json(run.progress)
+    if run.claim.exists():
+        owner = read_json(run.claim)
+        if owner_alive(owner):
+            return RunState(run, "running", progress=progress, owner=owner)
+    if run.failure.exists() and run.failure.stat().st_mtime >= waiting.get(run.id, 0):
+        reason = run.failure.read_text(errors="replace").partition("\n")[0]
+        return RunState(run, "cancelled" if reason.startswith("cancelled") else "failed", reason, progress)
+    if run.id in waiting:
+        return RunState(run, "pending", progress=progress)
+    if run.claim.exists() or run.checkpoint.exists() or run.id in tried:
+        return RunState(run, "lost", progress=progress)
+    return RunState(run, "missing")
+
+
+def counts(states: Iterable[RunState]) -> dict[str, int]:
+    """Return how many runs are in each state, the states that occur only."""
+    found = [state.state for state in states]
+    return {name: found.count(name) for name in STATES if name in found}
