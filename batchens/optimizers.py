@@ -9,7 +9,7 @@ IVON comes from `ivon-opt` (Shen et al. 2024, arXiv:2402.17641); its traps are h
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from ivon import IVON
@@ -20,8 +20,10 @@ Name = Literal["sgd", "adam", "ivon"]
 
 def slow_weights(model: nn.Module) -> list[nn.Parameter]:
     """Return the weight of every linear and convolutional layer, plain or BatchEnsemble, once each: what decays."""
-    layers = (layer for layer in model.modules() if isinstance(layer, nn.Linear | nn.Conv2d))
-    return list({id(layer.weight): layer.weight for layer in layers}.values())
+    weights = (
+        cast(nn.Parameter, layer.weight) for layer in model.modules() if isinstance(layer, nn.Linear | nn.Conv2d)
+    )
+    return list({id(weight): weight for weight in weights}.values())
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:

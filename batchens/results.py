@@ -9,9 +9,9 @@ empty in the row of the ensemble's averaged prediction. Every row carries the wh
 | run_id, experiment, <config ...>           | what was run                                                               |
 | parameters                                 | number of trained parameters                                               |
 | epoch, split, member                       | epoch from 1; test only at the last one                                    |
-| accuracy, nll, brier, ece                  | of this member or of the ensemble (`batchens.metrics`); train: running, in training mode |
+| accuracy, nll, brier, ece                  | of this member or the ensemble (`batchens.metrics`); train: running means  |
 | disagreement, epistemic                    | between members, ensemble rows only                                        |
-| seconds, images_per_second, peak_memory_mb | of training in this epoch: validation, checkpoint and start-up excluded; new images per second |
+| seconds, images_per_second, peak_memory_mb | of training in this epoch, without validation, checkpoint and start-up     |
 | commit ... finished                        | provenance                                                                 |
 | rows                                       | rows in this file                                                          |
 """
@@ -72,6 +72,8 @@ def _damage(path: Path, content: bytes) -> str | None:
     stated = content[content.rindex(b",") + 1 : -1]
     if rows == 0 or stated != str(rows).encode():
         return f"cut short: {rows} rows, and the last says there are {stated.decode(errors='replace')}"
+    if len({line.count(b",") for line in content.splitlines()[1:]}) > 1:  # text with a comma is in all rows or in none
+        return "no table: its rows differ in length"
     stated_id = content.split(b"\n", 2)[1].partition(b",")[0].decode(errors="replace")
     if stated_id != path.stem:
         return f"renamed: its rows are of the run {stated_id}"
@@ -95,7 +97,7 @@ def read_results(folder: Path, experiment: str) -> "Any":
         bodies[header].append(body)
     frames = [
         pd.read_csv(
-            io.BytesIO(b"\n".join([header, b"".join(parts)])), dtype={"member": "Int64"}, float_precision="round_trip"
+            io.BytesIO(b"\n".join([header, b"".join(parts)])), dtype={"member": "Int64"}
         )
         for header, parts in bodies.items()
     ]

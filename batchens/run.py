@@ -90,7 +90,7 @@ class Run:
                 self.claim.unlink()
 
     def _claim(self) -> None:
-        owner = {
+        owner: dict[str, Any] = {
             "host": socket.gethostname(),
             "pid": os.getpid(),
             "born": born(os.getpid()),

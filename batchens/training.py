@@ -6,7 +6,6 @@ same numbers, bit for bit, as one that never stopped. At most the running epoch 
 """
 
 import ctypes
-import math
 import pickle
 import sys
 import time
@@ -108,7 +107,7 @@ def device_facts(device: torch.device, precision: Precision, optimizer: torch.op
 
 
 def schedule(optimizer: torch.optim.Optimizer, warmup_steps: int, total_steps: int) -> LRScheduler:
-    """Return a linear warm-up from 1 % over `warmup_steps`, then a cosine down to 0 at `total_steps`, to step after each step."""
+    """Return a linear warm-up from 1 % over `warmup_steps`, then a cosine down to 0 at `total_steps`, to step each step."""
     cosine = CosineAnnealingLR(optimizer, T_max=max(1, total_steps - warmup_steps))
     if warmup_steps == 0:
         return cosine
@@ -117,7 +116,7 @@ def schedule(optimizer: torch.optim.Optimizer, warmup_steps: int, total_steps: i
 
 
 def member_losses(logits: Tensor, labels: Tensor, ensemble_size: int) -> Tensor:
-    """Return each member's mean cross entropy, in nats: (ensemble_size * batch, classes), (ensemble_size * batch,) -> (ensemble_size,)."""
+    """Return each member's mean cross entropy, in nats: `(ensemble_size * batch, classes) -> (ensemble_size,)`."""
     return members(F.cross_entropy(logits.float(), labels, reduction="none"), ensemble_size).mean(1)
 
 
@@ -166,7 +165,7 @@ def fit(
     """
     device = images.train.images.device
     dtype = autocast_dtype(precision, device, optimizer)
-    steps = check_batches(ensemble_size, regime, batch_size, len(images.train.labels))
+    steps = check_batches(ensemble_size, regime, batch_size, len(images.train))
     scheduler = schedule(optimizer, round(warmup_epochs * steps), epochs * steps)
     scaler = torch.amp.GradScaler(device.type) if dtype == torch.float16 else None
     order = torch.Generator().manual_seed(seed)
@@ -185,15 +184,11 @@ def fit(
         x = normalise(x, images.mean, images.std, channels_last=True)
         return (repeat(x, ensemble_size), repeat(y, ensemble_size)) if regime == "repeat" else (x, y)
 
-    progress = tqdm(total=epochs * steps, initial=(first_epoch - 1) * steps, unit="step", disable=None, leave=False)
-    for epoch in range(first_epoch, epochs + 1):
+    def train_epoch() -> tuple[Tensor, Tensor]:
+        """Return each member's mean loss and accuracy over the epoch: (ensemble_size,), (ensemble_size,)."""
         model.train()
-        _reset_peak_memory(device)
-        losses = torch.zeros(ensemble_size, device=device)
-        correct = torch.zeros(ensemble_size, device=device)
-        _synchronise(device)
-        started = time.perf_counter()
-        for indices in torch.randperm(len(images.train.labels), generator=order).to(device).split(batch_size)[:steps]:
+        losses, correct = torch.zeros(2, ensemble_size, device=device)
+        for indices in torch.randperm(len(images.train), generator=order).to(device).split(batch_size)[:steps]:
             x, y = batch_of(indices)
 
             def loss_of(x: Tensor = x, y: Tensor = y) -> Tensor:
@@ -207,9 +202,17 @@ def fit(
             optimizers.step(optimizer, loss_of, scaler)
             scheduler.step()
             progress.update()
+        return losses / steps, correct / steps
+
+    progress = tqdm(total=epochs * steps, initial=(first_epoch - 1) * steps, unit="step", disable=None, leave=False)
+    for epoch in range(first_epoch, epochs + 1):
+        _reset_peak_memory(device)
+        _synchronise(device)
+        started = time.perf_counter()
+        losses, correct = train_epoch()
         _synchronise(device)
         seconds = time.perf_counter() - started
-        if not math.isfinite(losses.sum().item()):
+        if not losses.isfinite().all():
             raise Diverged(
                 f"the training loss is not finite in epoch {epoch} of {epochs}: the learning rate is too high for this "
                 "setting, or the precision too low; nothing was written as a result"
@@ -220,8 +223,8 @@ def fit(
             "peak_memory_mb": _peak_memory_mb(device),
         }
         new: Rows = [
-            {"epoch": epoch, "split": "train", "member": m, "accuracy": a / steps, "nll": loss / steps, **costs}
-            for m, (a, loss) in enumerate(zip(correct.tolist(), losses.tolist(), strict=True))
+            {"epoch": epoch, "split": "train", "member": m, "accuracy": accuracy, "nll": nll, **costs}
+            for m, (accuracy, nll) in enumerate(zip(correct.tolist(), losses.tolist(), strict=True))
         ]
         splits = ("validation", "test") if epoch == epochs else ("validation",)
         for split in splits:
@@ -293,9 +296,10 @@ class _Checkpoint:
             if state["cuda"] is not None:
                 torch.cuda.set_rng_state(state["cuda"], self.draws.device)
         except (RuntimeError, KeyError, ValueError, EOFError, pickle.UnpicklingError) as error:
+            reason = " ".join(str(error).split())[:200]
             raise ValueError(
-                f"the checkpoint {self.path} can't be gone on from ({error}): it was made by other code, on another kind of "
-                "device or by another version of torch; delete it to start the run again from its beginning"
+                f"the checkpoint {self.path} can't be gone on from; delete it to start the run again from its beginning (it was "
+                f"made by other code, on another kind of device or by another torch: {reason})"
             ) from error
         return list(state["rows"])
 

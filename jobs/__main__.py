@@ -10,6 +10,7 @@ No command but `run` imports torch.
 """
 
 import csv
+import functools
 import sys
 import time
 from collections.abc import Callable
@@ -35,10 +36,11 @@ RunName = Annotated[
     tyro.conf.arg(metavar="RUN", help="a run's id, the beginning of it, or its number in plan"),
 ]
 Grid = Annotated[str | None, tyro.conf.arg(metavar="NAME", help="one of the script's grids; all of them when left out")]
+FOLDERS = Folders()
 Count = Annotated[int | None, tyro.conf.arg(metavar="N")]
 
 
-def plan(experiment: Experiment, /, grid: Grid = None, folders: Folders = Folders()) -> None:  # noqa: B008
+def plan(experiment: Experiment, /, grid: Grid = None, folders: Folders = FOLDERS) -> None:
     """Show every run of a grid with its number and state; write nothing."""
     states = look(folders, experiment, experiments.runs_of(experiment, grid))
     for number, state in enumerate(states):
@@ -54,7 +56,7 @@ def submit(
     max_parallel: Count = None,
     runs_per_job: int = 1,
     dry_run: bool = False,
-    folders: Folders = Folders(),  # noqa: B008
+    folders: Folders = FOLDERS,
 ) -> None:
     """Submit the runs of a grid that have no result and are not alive; return when the scheduler has them.
 
@@ -95,7 +97,7 @@ def submit(
     )
 
 
-def status(experiment: Experiment, /, grid: Grid = None, watch: bool = False, folders: Folders = Folders()) -> None:  # noqa: B008
+def status(experiment: Experiment, /, grid: Grid = None, watch: bool = False, folders: Folders = FOLDERS) -> None:
     """Show how many runs are in each state, and those at work or in trouble.
 
     Args:
@@ -111,7 +113,7 @@ def status(experiment: Experiment, /, grid: Grid = None, watch: bool = False, fo
         print(f"{'state':9} {'epoch':>7} {'accuracy':>8} {'elapsed':>8} {'left':>8}  run")
     for state in shown:
         print(_line(state))
-    if any(state.state in ("failed", "lost", "cancelled", "damaged") for state in states):
+    if any(state.state in ("failed", "lost", "damaged") for state in states):
         print(
             f"what did not end well starts again with: python -m jobs submit {experiment}{_grid_option(grid)} --cluster NAME"
         )
@@ -120,8 +122,8 @@ def status(experiment: Experiment, /, grid: Grid = None, watch: bool = False, fo
 
 
 def run(
-    experiment: Experiment, name: RunName, /, grid: Grid = None, again: bool = False, folders: Folders = Folders()
-) -> None:  # noqa: B008
+    experiment: Experiment, name: RunName, /, grid: Grid = None, again: bool = False, folders: Folders = FOLDERS
+) -> None:
     """Do one run here, in this process.
 
     Args:
@@ -143,7 +145,7 @@ def run(
     print("  " + ", ".join(f"{metric} {value:.3g}" for metric, value in largest.items()))
 
 
-def cancel(experiment: Experiment, /, grid: Grid = None, folders: Folders = Folders()) -> None:  # noqa: B008
+def cancel(experiment: Experiment, /, grid: Grid = None, folders: Folders = FOLDERS) -> None:
     """Stop the live submissions of an experiment; what was trained so far is kept and gone on with by submitting again."""
     chosen = None if grid is None else set(experiments.runs_of(experiment, grid))
     stopped = cancel_runs(experiment, chosen, folders)
@@ -197,7 +199,13 @@ def _grid_option(grid: str | None) -> str:
 
 
 def main() -> int:
-    commands = {"plan": plan, "submit": submit, "status": status, "run": run, "cancel": cancel}
+    commands: dict[str, Callable[..., None]] = {
+        "plan": plan,
+        "submit": submit,
+        "status": status,
+        "run": run,
+        "cancel": cancel,
+    }
     chosen = tyro.extras.subcommand_cli_from_dict(
         {name: _later(command) for name, command in commands.items()},
         prog="python -m jobs",
@@ -209,8 +217,6 @@ def main() -> int:
 
 def _later(command: Callable[..., None]) -> Callable[..., Callable[[], None]]:
     # tyro takes a ValueError for a fault of its own options; the commands' are for `guarded`
-    import functools
-
     @functools.wraps(command)
     def bound(*args: object, **options: object) -> Callable[[], None]:
         return lambda: command(*args, **options)

@@ -16,7 +16,6 @@ STATES = {
     "running": "a live process works on it",
     "pending": "a live submission will come to it",
     "failed": "it ended with an error",
-    "cancelled": "it was stopped on request",
     "lost": "its process ended without a word: killed, out of memory, a node that went down",
     "damaged": "its result file is cut short or not its own",
     "missing": "nobody has tried it",
@@ -80,21 +79,24 @@ def look(folders: Folders, experiment: str, configs: Mapping[str, Config]) -> li
 
 
 def _state(run: Run, waiting: Mapping[str, float], tried: Iterable[str]) -> RunState:
-    try:
-        reason = results.damage(run.result)
-        return RunState(run, "done") if reason is None else RunState(run, "damaged", reason)
-    except FileNotFoundError:
-        pass
+    damage = None
+    if run.result.exists():
+        damage = results.damage(run.result)
+        if damage is None:
+            return RunState(run, "done")
     progress = read_json(run.progress)
     if run.claim.exists():
         owner = read_json(run.claim)
         if owner_alive(owner):
             return RunState(run, "running", progress=progress, owner=owner)
-    if run.failure.exists() and run.failure.stat().st_mtime >= waiting.get(run.id, 0):
-        reason = run.failure.read_text(errors="replace").partition("\n")[0]
-        return RunState(run, "cancelled" if reason.startswith("cancelled") else "failed", reason, progress)
-    if run.id in waiting:
+    failed = run.failure.exists() and run.failure.stat().st_mtime >= waiting.get(run.id, 0)
+    if run.id in waiting and not failed:
         return RunState(run, "pending", progress=progress)
+    if damage is not None:
+        return RunState(run, "damaged", damage)
+    if failed:
+        reason = run.failure.read_text(errors="replace").partition("\n")[0]
+        return RunState(run, "failed", reason, progress)
     if run.claim.exists() or run.checkpoint.exists() or run.id in tried:
         return RunState(run, "lost", progress=progress)
     return RunState(run, "missing")

@@ -9,6 +9,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any
 
 from filelock import SoftFileLock, Timeout
@@ -112,7 +113,7 @@ def _start_local(record: Submission, cluster: Cluster, folders: Folders, workers
     executor = submitit.LocalExecutor(folder=folder / "logs")
     with (
         _environment(OMP_NUM_THREADS=os.environ.get("OMP_NUM_THREADS", threads)),
-        _ignored(signal.SIGINT, signal.SIGHUP),
+        _detached(folder / "workers.log"),
     ):
         for worker in range(workers):
             executor.update_parameters(
@@ -163,11 +164,27 @@ def _environment(**variables: str) -> Iterator[None]:
 
 
 @contextmanager
-def _ignored(*signals: int) -> Iterator[None]:
-    """Ignore these signals; processes started meanwhile ignore them too, so that a worker outlives Ctrl-C and log-out."""
-    before = {number: signal.signal(number, signal.SIG_IGN) for number in signals}
+def _detached(log: Path) -> Iterator[None]:
+    """Let processes started meanwhile outlive this terminal and hold nothing of it.
+
+    They ignore Ctrl-C and hang-up, and write to `log`: with our own output inherited, a pipe behind `jobs submit` would
+    stay open, and its reader wait, until the last worker ends.
+    """
+    before = {number: signal.signal(number, signal.SIG_IGN) for number in (signal.SIGINT, signal.SIGHUP)}
+    kept = {stream: os.dup(stream) for stream in (0, 1, 2)}
+    sys.stdout.flush()
+    sys.stderr.flush()
+    with open(os.devnull, "rb") as nothing, open(log, "ab") as output:
+        os.dup2(nothing.fileno(), 0)
+        os.dup2(output.fileno(), 1)
+        os.dup2(output.fileno(), 2)
     try:
         yield
     finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        for stream, copy in kept.items():
+            os.dup2(copy, stream)
+            os.close(copy)
         for number, handler in before.items():
             signal.signal(number, handler)

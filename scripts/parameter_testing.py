@@ -14,7 +14,7 @@ A run of the demo takes seconds; VGG11 on CIFAR-10 for 15 epochs takes hours on 
 """
 
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import ClassVar, Literal
 
@@ -72,10 +72,10 @@ class Config:
     compile: bool = False
     """compile training steps with torch.compile"""
 
-    NAMED: ClassVar = (
+    NAMED: ClassVar[tuple[str, ...]] = (
         "dataset", "model", "method", "ensemble_size", "alpha_init", "gamma_init", "learning_rate", "epochs", "seed",
     )  # fmt: skip
-    INCIDENTAL: ClassVar = ("device", "threads", "compile")
+    INCIDENTAL: ClassVar[tuple[str, ...]] = ("device", "threads", "compile")
 
     def __post_init__(self) -> None:
         neutral: dict[str, object] = {}
@@ -141,6 +141,9 @@ VGG = Config(dataset="cifar10", model="vgg11")
 CNN = Config(dataset="cifar10", model="cnn", epochs=4)
 
 GRIDS = {
+    "smoke": grid(
+        replace(DEMO, epochs=2), method=["single", "batchensemble", "deep_ensemble"], seed=range(2)
+    ),  # to try a new machine or cluster with
     "demo": unique(
         [
             *alpha_gamma(DEMO, (-0.5, 0.5, 1.0), (-0.5, 0.5, 1.0)),
@@ -212,7 +215,7 @@ def train(run: Run, config: Config) -> Path:
         model = DeepEnsemble([network(m) for m in range(config.ensemble_size)])
     else:
         model = network(0)
-    model.to(device, memory_format=torch.channels_last)
+    model.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]  # the stubs lack it
     optimizer = optimizers.build(
         config.optimizer,
         model,

@@ -1,0 +1,120 @@
+"""Draw every figure of an experiment from its CSV files: python -m plots EXPERIMENT [--results DIR].
+
+Written are <results>/figures/<experiment>/<setting>/<name>.png and .pdf, and beside them a README.md with what was found
+and every caption. An experiment is a module of this package that has
+
+    CONFIG          the columns that every row of a result must state
+    figures(df)     yields (setting/name, caption, Figure)
+    findings(df)    setting -> Finding
+"""
+
+import sys
+from importlib import import_module
+from pathlib import Path
+from typing import Annotated
+
+from batchens.files import results_folder, write_text
+
+PACKAGE = Path(__file__).parent
+
+
+def experiments() -> list[str]:
+    """Return the modules here that have `figures`; none is imported, an answer must not wait for matplotlib."""
+    modules = PACKAGE.glob("[!_]*.py")
+    return sorted(path.stem for path in modules if "\ndef figures(" in path.read_text(encoding="utf-8"))
+
+
+def draw(experiment: str, results: Path, command: str) -> None:
+    """Draw all figures, write them with their captions, and print what was found.
+
+    Raises:
+        ValueError: there is no such experiment, or no result of it.
+    """
+    if experiment not in experiments():
+        raise ValueError(f"an experiment must be one of {', '.join(experiments())}, however: {experiment}")
+    way_out = f"make some with `python -m jobs submit {experiment} --grid demo --cluster local`, or name another with --results"
+    if not any((results / experiment).glob("*.csv")):
+        raise ValueError(f"figures are drawn from results, however {results / experiment} holds none; {way_out}")
+
+    from plots.figure import save, style
+    from plots.reading import usable_results
+
+    module = import_module(f"plots.{experiment}")
+    df, left_out = usable_results(results, experiment, module.CONFIG)
+    for reason in left_out:
+        print(f"warning: {reason}", file=sys.stderr)
+    if df.empty:
+        raise ValueError(
+            f"figures are drawn from results, however {results / experiment} holds no whole one; {way_out}"
+        )
+
+    folder = results / "figures" / experiment
+    captions: dict[str, list[tuple[str, str]]] = {}
+    with style():
+        for name, caption, figure in module.figures(df):
+            save(figure, folder / name)
+            setting, _, short = name.rpartition("/")
+            captions.setdefault(setting, []).append((short, caption))
+    written = set()
+    for setting, finding in module.findings(df).items():
+        text = [
+            f"# {experiment}: {setting}",
+            f"Redrawn by `{command}`.",
+            *finding.sentences,
+            finding.table,
+            finding.provenance,
+        ]
+        for short, caption in captions.get(setting, []):
+            text.append(f"![{short}]({short}.png)\n\n**{short}** ([PDF]({short}.pdf)). {caption}")
+            written |= {f"{setting}/{short}.png", f"{setting}/{short}.pdf"}
+        readme = folder / setting / "README.md"
+        write_text(readme, "\n\n".join(text) + "\n")
+        written.add(f"{setting}/README.md")
+        print("\n".join(finding.sentences))
+        print(f"{len(captions.get(setting, []))} figures and their captions: {readme}\n")
+    present = {path.relative_to(folder).as_posix() for path in folder.glob("*/[!.]*")}
+    if stale := sorted(present - written):
+        print(
+            f"{len(stale)} files of {folder} are of an earlier call and were not drawn by this one, such as {stale[0]}"
+        )
+
+
+def main() -> int:
+    import tyro
+
+    for stream in (sys.stdout, sys.stderr):  # not every terminal knows our signs
+        stream.reconfigure(errors="replace")  # type: ignore[union-attr]
+
+    def arguments(
+        experiment: Annotated[
+            str, tyro.conf.Positional, tyro.conf.arg(metavar="EXPERIMENT", help=", ".join(experiments()))
+        ],
+        results: Annotated[Path, tyro.conf.arg(metavar="DIR", help_behavior_hint="")] = results_folder(),  # noqa: B008
+    ) -> tuple[str, Path]:
+        """Draw every figure of an experiment from its CSV files.
+
+        Args:
+            experiment: whose results to draw
+            results: folder of the CSV files, for the figures too (default: $BATCHENS_RESULTS, else results/)
+        """
+        return experiment, results
+
+    experiment, results = tyro.cli(arguments, prog="python -m plots")
+    # the folder is not named: captions are the same wherever they were made
+    command = f"python -m plots {experiment}" + ("" if results == results_folder() else " --results DIR")
+    try:
+        draw(experiment, results.absolute(), command)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        print(
+            f"error: {error}; make the folder writable, or copy the CSV files to another and name it with --results",
+            file=sys.stderr,
+        )
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

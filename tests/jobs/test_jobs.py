@@ -1,0 +1,288 @@
+"""The command line of `jobs` with submitit's real LocalExecutor, on a grid of six runs that take a second each."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from batchens.files import ROOT
+from batchens.results import METRICS, damage, read_results
+from batchens.run import Folders, read_json
+from jobs.experiments import runs_of
+from jobs.states import counts, look, submissions
+
+EXPERIMENT = "parameter_testing"
+SMOKE = runs_of(EXPERIMENT, "smoke")
+IDS = list(SMOKE)
+
+
+class Place:
+    """A workplace of its own for a test: folders, and `jobs` run in them as a user would."""
+
+    def __init__(self, folder: Path, data: Path):
+        self.folders = Folders(data, folder / "runs", folder / "results")
+        self.environment = os.environ | {
+            "BATCHENS_DATA": str(data),
+            "BATCHENS_RUNS": str(self.folders.runs),
+            "BATCHENS_RESULTS": str(self.folders.results),
+            "OMP_NUM_THREADS": "1",
+        }
+
+    def start(self, *arguments: str) -> subprocess.Popen[str]:
+        command = [sys.executable, "-m", "jobs", *arguments]
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+        return subprocess.Popen(command, cwd=ROOT, env=self.environment, text=True, **pipes)
+
+    def jobs(self, *arguments: str, code: int = 0) -> str:
+        process = self.start(*arguments)
+        out, err = process.communicate(timeout=120)
+        assert process.returncode == code, out + err
+        return out + err
+
+    def states(self) -> dict[str, int]:
+        return counts(look(self.folders, EXPERIMENT, SMOKE))
+
+    def wait_for(self, condition: str, seconds: float = 60) -> None:
+        """Wait until a state occurs."""
+        deadline = time.monotonic() + seconds
+        while condition not in self.states():
+            assert time.monotonic() < deadline, self.states()
+            time.sleep(0.01)
+
+    def wait(self) -> None:
+        deadline = time.monotonic() + 120
+        while {"running", "pending"} & set(self.states()):
+            assert time.monotonic() < deadline, self.states()
+            time.sleep(0.05)
+
+    def files(self) -> list[Path]:
+        return [path for folder in (self.folders.runs, self.folders.results) for path in folder.rglob("*")]
+
+    def metrics(self) -> list[object]:
+        table = read_results(self.folders.results, EXPERIMENT).sort_values(["run_id", "epoch", "split", "member"])
+        return table[["run_id", "epoch", "split", "member", *METRICS]].astype(str).to_numpy().tolist()
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    from batchens.data.images import prepare
+
+    folder = tmp_path_factory.mktemp("data")
+    prepare("digits", folder)
+    return folder
+
+
+@pytest.fixture
+def place(tmp_path, data):
+    there = Place(tmp_path, data)
+    yield there
+    there.jobs("cancel", EXPERIMENT)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory, data):
+    """The smoke grid, submitted and done without disturbance."""
+    there = Place(tmp_path_factory.mktemp("finished"), data)
+    said = there.jobs("submit", EXPERIMENT, "--grid", "smoke", "--cluster", "local", "--max-parallel", "2")
+    assert "submitted 6 runs" in said and "2 at once" in said
+    there.wait()
+    return there
+
+
+def test_every_run_is_done_and_submitting_again_starts_nothing(finished):
+    assert finished.states() == {"done": 6}
+    files = finished.files()
+    assert "nothing to submit" in finished.jobs("submit", EXPERIMENT, "--grid", "smoke", "--cluster", "local")
+    assert finished.files() == files
+    assert "6 runs: 6 done" in finished.jobs("status", EXPERIMENT, "--grid", "smoke", "--watch")
+
+
+def test_no_more_processes_than_asked_for_and_each_run_once(finished):
+    (record,) = submissions(finished.folders, EXPERIMENT)
+    assert len(record.jobs) == 2
+    table = read_results(finished.folders.results, EXPERIMENT)
+    assert set(table.job_id.astype(str)) <= set(record.jobs)
+    logs = "".join(path.read_text() for path in (record.path.parent / "logs").glob("*_log.out"))
+    assert sorted(re.findall(r"written: .*/(.*)\.csv", logs)) == sorted(IDS)
+
+
+def test_plan_and_dry_run_write_nothing(place):
+    said = place.jobs("plan", EXPERIMENT, "--grid", "smoke")
+    assert all(run_id in said for run_id in IDS) and "6 missing" in said
+    said = place.jobs("submit", EXPERIMENT, "--grid", "smoke", "--cluster", "local", "--runs-per-job", "4", "--dry-run")
+    assert "6 runs in 2 elements" in said
+    assert place.files() == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["plan", "optimiser"], "must be one of: parameter_testing"),
+        (["plan", EXPERIMENT, "--grid", "alpha"], "demo, alpha_gamma, ensemble_size"),
+        (["submit", EXPERIMENT, "--grid", "smoke", "--cluster", "dtu"], "must be one of: local"),
+        (["submit", EXPERIMENT, "--cluster", "local"], "--grid smoke | demo"),
+        (["submit", EXPERIMENT, "--grid", "smoke", "--cluster", "local", "--max-parallel", "0"], "at least 1"),
+        (["submit", EXPERIMENT, "--grid", "smoke", "--cluster", "local", "--runs-per-job", "0"], "at least 1"),
+        (["submit", EXPERIMENT, "--grid", "smoke", "--cluster", "local", "--results", "/proc/x"], "--results"),
+        (["run", EXPERIMENT, "nonsense"], "nonsense"),
+        (["run", EXPERIMENT, "digits-cnn"], "the beginning of one run"),
+        (["run", EXPERIMENT, "9999999"], "a number below"),
+        (["run", EXPERIMENT, IDS[0], "--again"], "leave --again out"),
+        (["sumbit"], "sumbit"),
+    ],
+)
+def test_what_cannot_be_is_said_with_exit_code_2_and_nothing_written(place, arguments, says):
+    said = place.jobs(*arguments, code=2)
+    assert says in said and "Traceback" not in said
+    assert not list(place.folders.results.rglob("*.csv")) and not list(place.folders.runs.rglob("record.json"))
+
+
+def test_images_that_cannot_be_had_are_missed_before_anything_is_submitted(place, tmp_path):
+    place.environment |= {"https_proxy": "http://127.0.0.1:9", "http_proxy": "http://127.0.0.1:9"}
+    empty = str(tmp_path / "empty")
+    said = place.jobs("submit", EXPERIMENT, "--grid", "cnn", "--cluster", "local", "--data", empty, code=2)
+    assert "python -m batchens.data.images cifar10" in said
+    assert not list(place.folders.runs.rglob("record.json"))
+
+
+def test_run_by_number_and_by_prefix_and_again(place):
+    said = place.jobs("run", EXPERIMENT, "0", "--grid", "smoke")
+    assert IDS[0] in said and place.states() == {"done": 1, "missing": 5}
+    assert "done before" in place.jobs("run", EXPERIMENT, IDS[0][:-4])
+    said = place.jobs("run", EXPERIMENT, IDS[0], "--again")
+    assert "accuracy 0, nll 0, brier 0, ece 0" in said  # the same machine and threads: the same numbers
+    assert len(list(place.folders.results.rglob("*.csv"))) == 1
+
+
+def test_two_submissions_at_once_start_no_run_twice(place):
+    arguments = ["submit", EXPERIMENT, "--grid", "smoke", "--cluster", "local", "--max-parallel", "1"]
+    both = [place.start(*arguments) for _ in range(2)]
+    said = [process.communicate(timeout=120)[0] for process in both]
+    assert sorted(process.returncode for process in both) == [0, 0]
+    assert sorted(text.split()[0] for text in said) == ["nothing", "submitted"]
+    place.wait()
+    assert place.states() == {"done": 6} and len(submissions(place.folders, EXPERIMENT)) == 1
+
+
+def test_killed_in_mid_run_is_lost_and_goes_on_to_the_same_numbers(place, finished):
+    place.jobs(
+        "submit", EXPERIMENT, "--grid", "smoke", "--cluster", "local", "--max-parallel", "1", "--runs-per-job", "6"
+    )
+    place.wait_for("running")
+    running = next(state for state in look(place.folders, EXPERIMENT, SMOKE) if state.state == "running")
+    deadline = time.monotonic() + 60
+    while not running.run.checkpoint.exists() and time.monotonic() < deadline:
+        time.sleep(0.002)
+    os.kill(running.owner["pid"], signal.SIGKILL)
+    place.wait()
+    assert place.states()["lost"] >= 1
+    assert "killed" in place.jobs("status", EXPERIMENT, "--grid", "smoke")
+    place.jobs("submit", EXPERIMENT, "--grid", "smoke", "--cluster", "local", "--max-parallel", "2")
+    place.wait()
+    assert place.states() == {"done": 6}
+    assert place.metrics() == finished.metrics()
+
+
+def test_a_failing_run_does_not_stop_its_neighbours_and_says_why(place):
+    bad = place.folders.runs / EXPERIMENT / IDS[1] / "checkpoint.pt"
+    bad.parent.mkdir(parents=True)
+    bad.write_bytes(b"not a checkpoint")
+    place.jobs("submit", EXPERIMENT, "--grid", "smoke", "--cluster", "local", "--max-parallel", "1")
+    place.wait()
+    assert place.states() == {"done": 5, "failed": 1}
+    said = place.jobs("status", EXPERIMENT, "--grid", "smoke", "--watch", code=1)
+    assert "5 done, 1 failed" in said and "delete it to start the run again" in said and "jobs submit" in said
+    bad.unlink()
+    place.jobs("submit", EXPERIMENT, "--grid", "smoke", "--cluster", "local", "--max-parallel", "1")
+    place.wait()
+    assert place.states() == {"done": 6}
+
+
+def test_a_result_cut_short_is_repeated_and_kept_aside(place, finished):
+    for path in finished.folders.results.rglob("*.csv"):
+        copy = place.folders.results / EXPERIMENT / path.name
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        copy.write_bytes(path.read_bytes())
+    cut = place.folders.results / EXPERIMENT / f"{IDS[0]}.csv"
+    cut.write_bytes(cut.read_bytes()[:-40])
+    assert "5 done, 1 damaged" in place.jobs("status", EXPERIMENT, "--grid", "smoke")
+    place.jobs("submit", EXPERIMENT, "--grid", "smoke", "--cluster", "local")
+    place.wait()
+    assert place.states() == {"done": 6} and damage(cut) is None
+    assert cut.with_name(cut.name + ".damaged").exists()
+    assert place.metrics() == finished.metrics()
+
+
+def test_cancel_stops_the_workers_and_submit_goes_on(place):
+    place.jobs("submit", EXPERIMENT, "--grid", "smoke", "--cluster", "local", "--max-parallel", "1")
+    place.wait_for("running")
+    assert "stopped" in place.jobs("cancel", EXPERIMENT)
+    assert not {"running", "pending"} & set(place.states())
+    assert "no submission" in place.jobs("cancel", EXPERIMENT)
+    place.jobs("submit", EXPERIMENT, "--grid", "smoke", "--cluster", "local", "--max-parallel", "2")
+    place.wait()
+    assert place.states() == {"done": 6}
+
+
+def test_ctrl_c_ends_the_watching_and_not_the_runs(place):
+    place.jobs("submit", EXPERIMENT, "--grid", "smoke", "--cluster", "local", "--max-parallel", "1")
+    watching = place.start("status", EXPERIMENT, "--grid", "smoke", "--watch")
+    time.sleep(2)
+    watching.send_signal(signal.SIGINT)
+    _, err = watching.communicate(timeout=30)
+    assert watching.returncode == 130 and "the runs go on" in err and "Traceback" not in err
+    place.wait()
+    assert place.states() == {"done": 6}
+
+
+def test_a_submitter_killed_while_it_holds_the_lock_does_not_block_the_next(place):
+    holder = (
+        "import os, sys; from jobs.submission import alone; from batchens.run import Folders\n"
+        f"with alone(Folders(), {EXPERIMENT!r}): print('held', flush=True); os.kill(os.getpid(), 9)"
+    )
+    ended = subprocess.run(
+        [sys.executable, "-c", holder], cwd=ROOT, env=place.environment, capture_output=True, text=True
+    )
+    assert ended.stdout == "held\n" and ended.returncode == -signal.SIGKILL
+    started = time.monotonic()
+    place.jobs("submit", EXPERIMENT, "--grid", "smoke", "--cluster", "local", "--max-parallel", "1")
+    assert time.monotonic() - started < 20
+
+
+def test_a_record_cut_short_by_a_crash_is_not_read_as_a_submission(place):
+    folder = place.folders.runs / EXPERIMENT / "submissions" / "20260101T000000-1"
+    folder.mkdir(parents=True)
+    (folder / "record.json").write_text('{"experiment": "param')
+    assert place.states() == {"missing": 6}
+    assert read_json(folder / "record.json") == {}
+
+
+def test_no_command_but_run_imports_torch(place):
+    program = (
+        "import sys, runpy\n"
+        "sys.argv = ['jobs', *sys.argv[1:]]\n"
+        "try: runpy.run_module('jobs', run_name='__main__')\n"
+        "except SystemExit: pass\n"
+        "import json; print(json.dumps([m for m in ('torch', 'pandas', 'matplotlib', 'sklearn') if m in sys.modules]))"
+    )
+    for command in (
+        ["plan"],
+        ["status"],
+        ["cancel"],
+        ["submit", "--grid", "smoke", "--cluster", "local", "--max-parallel", "1"],
+    ):
+        ended = subprocess.run(
+            [sys.executable, "-c", program, command[0], EXPERIMENT, *command[1:]],
+            cwd=ROOT,
+            env=place.environment,
+            capture_output=True,
+            text=True,
+            timeout=60,
+        )
+        assert json.loads(ended.stdout.splitlines()[-1]) == [], ended.stderr
