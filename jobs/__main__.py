@@ -11,10 +11,11 @@ No command but `run` imports torch.
 
 import csv
 import functools
+import socket
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict, replace
 from datetime import UTC, datetime
 from typing import Annotated
 
@@ -24,7 +25,7 @@ from tqdm import tqdm
 from batchens.results import differences
 from batchens.run import Folders, Run, guarded
 from jobs import clusters, experiments
-from jobs.states import ALIVE, STATES, RunState, counts, look
+from jobs.states import ALIVE, STATES, RunState, counts, look, submissions
 from jobs.submission import cancel as cancel_runs
 from jobs.submission import elements_of, todo_of
 from jobs.submission import submit as submit_runs
@@ -85,7 +86,7 @@ def submit(
         for run_id in todo[:10]:
             print(f"  python -m jobs run {experiment} {run_id}")
         if len(todo) > 10:
-            print(f"  and {len(todo) - 10} more: python -m jobs plan {experiment}{_grid_option(grid)}")
+            print(f"  and {len(todo) - 10} more: python -m jobs plan {experiment}{_options(grid, folders)}")
         return
     record = submit_runs(experiment, configs, preset, folders, max_parallel, runs_per_job)
     if record is None:
@@ -93,7 +94,7 @@ def submit(
         return
     print(
         f"submitted {len(record.run_ids())} runs of {experiment} to {cluster}, {len(record.jobs)} at once; "
-        f"logs: {record.path.parent / 'logs'}\nwatch them: python -m jobs status {experiment}{_grid_option(grid)} --watch"
+        f"logs: {record.path.parent / 'logs'}\nwatch them: python -m jobs status {experiment}{_options(grid, folders)} --watch"
     )
 
 
@@ -113,10 +114,16 @@ def status(experiment: Experiment, /, grid: Grid = None, watch: bool = False, fo
         print(f"{'state':9} {'epoch':>7} {'accuracy':>8} {'elapsed':>8} {'left':>8}  run")
     for state in shown:
         print(_line(state))
+    if any(state.state == "failed" for state in states):
+        print(f"the whole of an error: {folders.runs / experiment}/RUN/failure.txt")
     if any(state.state in ("failed", "lost", "damaged") for state in states):
-        print(
-            f"what did not end well starts again with: python -m jobs submit {experiment}{_grid_option(grid)} --cluster NAME"
-        )
+        again = f"python -m jobs submit {experiment}{_options(grid, folders)} --cluster NAME"
+        print(f"what did not end well starts again, from its last checkpoint, with: {again}")
+    for submission in submissions(folders, experiment):
+        if submission.host != socket.gethostname() and any(state.run.id in submission.run_ids() for state in states):
+            print(
+                f"submitted on {submission.host}, which can't be asked from here: {submission.path.parent} (delete it if dead)"
+            )
     if watch and any(state.state != "done" for state in states):
         raise SystemExit(1)
 
@@ -194,8 +201,10 @@ def _duration(seconds: float) -> str:
     return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
 
 
-def _grid_option(grid: str | None) -> str:
-    return f" --grid {grid}" if grid else ""
+def _options(grid: str | None, folders: Folders) -> str:
+    """Return the options with which another command means the same runs."""
+    moved = [f" --{name} {path}" for name, path in asdict(folders).items() if path != getattr(FOLDERS, name)]
+    return (f" --grid {grid}" if grid else "") + "".join(moved)
 
 
 def main() -> int:
