@@ -64,13 +64,23 @@ def write_text(path: Path, text: str) -> None:
 
 
 def check_writable(folder: Path) -> None:
-    """Raise OSError now, not after hours of training, when no file can be written in `folder` (made when absent)."""
-    folder.mkdir(parents=True, exist_ok=True)
+    """Make `folder` and see that a file can be written there: now, not after hours of training.
+
+    Raises:
+        ValueError: it can't; the message says why.
+    """
     probe = folder / f".write-test.{socket.gethostname()}.{os.getpid()}.tmp"
     try:
-        with open(probe, "wb") as file:
-            file.write(b"x" * 4096)
-            file.flush()
-            os.fsync(file.fileno())  # a quota or a full disk may only speak up here
-    finally:
-        probe.unlink(missing_ok=True)
+        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            with open(probe, "wb") as file:
+                file.write(b"x" * 4096)
+                file.flush()
+                os.fsync(file.fileno())  # a quota or a full disk may only speak up here
+        finally:
+            probe.unlink(missing_ok=True)
+    except OSError as error:
+        raise ValueError(
+            f"{folder} must be a folder that can be written to, however: {error.strerror}; free some space there or make it "
+            "writable, or choose another with --runs or --results"
+        ) from error

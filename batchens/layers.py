@@ -242,7 +242,7 @@ def _scale_and_shift(x: Tensor, scale: Tensor | None, shift: Tensor | None, dim:
 
     Shape: x (ensemble_size, batch, ...) with features in dimension `dim`; scale and shift (ensemble_size, features).
     """
-    if scale is not None and x.ndim == 5 and x.device.type == "cpu" and x.dtype == scale.dtype:
+    if scale is not None and dim == 2 and x.device.type == "cpu" and x.dtype == scale.dtype:
         if not torch.compiler.is_compiling():
             return _ScaleAndShift.apply(x, scale, shift)
 
@@ -280,12 +280,19 @@ class _ScaleAndShift(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor, Tensor | None]:
         x, scale = ctx.saved_tensors
         to_x = gradient * scale[:, None, :, None, None] if ctx.needs_input_grad[0] else None
+        # the kernel misreads two layouts in one call where a batch of one makes them ambiguous
+        layout = (
+            torch.channels_last if x[0].is_contiguous(memory_format=torch.channels_last) else torch.contiguous_format
+        )
         zeros, ones = scale.new_zeros(scale.shape[1]), scale.new_ones(scale.shape[1])
         sums = [
             torch.ops.aten.native_batch_norm_backward(
-                gradient[m], x[m], None, None, None, zeros, ones, True, 0.0, [False, True, ctx.needs_input_grad[2]]
+                one.contiguous(memory_format=layout),
+                other.contiguous(memory_format=layout),
+                *(None, None, None, zeros, ones, True, 0.0),
+                [False, True, ctx.needs_input_grad[2]],
             )
-            for m in range(len(x))
+            for one, other in zip(gradient.unbind(), x.unbind(), strict=True)
         ]
         to_shift = torch.stack([one[2] for one in sums]) if ctx.needs_input_grad[2] else None
         return to_x, torch.stack([one[1] for one in sums]), to_shift
@@ -378,7 +385,8 @@ def batch_ensemble(
     """Return a copy of `module` in which every linear and 2-d convolutional layer, however deep, is its BatchEnsemble form.
 
     Slow weights keep their values; a bias is copied to every member; alpha and gamma are drawn by their signed scalars.
-    A module or a parameter used in two places stays tied. `batchnorm` says what becomes of nn.BatchNorm2d:
+    A module or a weight used in two places stays tied. Modules that read a layer's weight rather than call the layer, such as
+    nn.TransformerEncoderLayer, can't be converted. `batchnorm` says what becomes of nn.BatchNorm2d:
 
     - `"shared"`: it stays what it is, over all members' rows. The default: it is the reference implementation's choice,
       costs nothing, and gamma and bias below it already give each member its own scale and shift;
@@ -423,8 +431,8 @@ def batch_ensemble(
 
 def identical_members(module: nn.Module) -> bool:
     """Say whether `module` has several members and all of them have the same parameters."""
-    own = list(member_parameters(module))
-    return any(len(p) > 1 for p in own) and all(bool((p == p[:1]).all()) for p in own)
+    several = any(getattr(layer, "ensemble_size", 1) > 1 for layer in module.modules())
+    return several and all(bool((parameter == parameter[:1]).all()) for parameter in member_parameters(module))
 
 
 def member_parameters(module: nn.Module) -> Iterator[nn.Parameter]:
@@ -477,7 +485,7 @@ RankOne = TypeVar("RankOne", bound=_RankOne)
 def _take_over(layer: RankOne, plain: nn.Linear | nn.Conv2d) -> RankOne:
     layer.weight = plain.weight  # the parameter itself, so that one that is used twice stays tied
     if layer.bias is not None:
-        layer.bias.copy_(cast(Tensor, plain.bias))
+        layer.bias.copy_(cast(Tensor, plain.bias)).requires_grad_(cast(Tensor, plain.bias).requires_grad)
     return layer.train(plain.training)
 
 

@@ -4,7 +4,8 @@ IVON comes from `ivon-opt` (Shen et al. 2024, arXiv:2402.17641); its traps are h
 
 - gradients must be made inside `sampled_params(train=True)`: `step` does so, and nothing else in the suite steps;
 - `sampled_params` leaves the noisy weights in place when something is raised inside: `sampled` puts the means back;
-- its state_dict forgets the step count, which its debiasing needs: `state_of` and `load_state` carry it along.
+- its state_dict forgets the step count, which its debiasing needs, and loads its buffers onto the device they were saved
+  from: `state_of` and `load_state` see to both.
 """
 
 from collections.abc import Callable, Iterator
@@ -104,10 +105,24 @@ def sampled(optimizer: IVON, train: bool = False) -> Iterator[None]:
 
 def state_of(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
     """Return all that `load_state` needs to go on as if never stopped."""
-    return {"state": optimizer.state_dict(), "ivon_step": getattr(optimizer, "current_step", None)}
+    return {
+        "name": type(optimizer).__name__,
+        "state": optimizer.state_dict(),
+        "ivon_step": getattr(optimizer, "current_step", None),
+    }
 
 
 def load_state(optimizer: torch.optim.Optimizer, saved: dict[str, Any]) -> None:
+    """Put back what `state_of` returned, on the device of the parameters.
+
+    Raises:
+        ValueError: it is of another optimizer.
+    """
+    if saved["name"] != type(optimizer).__name__:
+        raise ValueError(f"the state must be of {type(optimizer).__name__}, however it is of {saved['name']}")
     optimizer.load_state_dict(saved["state"])
     if isinstance(optimizer, IVON):
         optimizer.current_step = saved["ivon_step"]
+        for group in optimizer.param_groups:  # it keeps its buffers in the groups, where torch does not move them
+            for buffer in ("momentum", "hess"):
+                group[buffer] = group[buffer].to(group["params"][0].device)

@@ -18,6 +18,7 @@ empty in the row of the ensemble's averaged prediction. Every row carries the wh
 
 import csv
 import io
+import math
 import os
 import platform
 import socket
@@ -96,9 +97,7 @@ def read_results(folder: Path, experiment: str) -> "Any":
         header, _, body = content.partition(b"\n")
         bodies[header].append(body)
     frames = [
-        pd.read_csv(
-            io.BytesIO(b"\n".join([header, b"".join(parts)])), dtype={"member": "Int64"}
-        )
+        pd.read_csv(io.BytesIO(b"\n".join([header, b"".join(parts)])), dtype={"member": "Int64"})
         for header, parts in bodies.items()
     ]
     return pd.concat(frames, ignore_index=True) if frames else pd.DataFrame()
@@ -145,13 +144,20 @@ def scheduler_job_id() -> str:
 
 
 def differences(rows: Iterable[Mapping[str, Any]], others: Iterable[Mapping[str, Any]]) -> dict[str, float]:
-    """Return the largest absolute difference of each metric between two runs' rows, matched by epoch, split, member."""
-    key = ("epoch", "split", "member")
-    measured = {tuple(str(row[name]) for name in key): row for row in others}
-    largest = dict.fromkeys(METRICS, 0.0)
-    for row in rows:
-        other = measured[tuple(str(row[name]) for name in key)]
-        for name in METRICS:
-            if row[name] not in ("", None):
-                largest[name] = max(largest[name], abs(float(row[name]) - float(other[name])))
-    return largest
+    """Return the largest absolute difference of each metric between two runs' CSV rows, matched by epoch, split, member.
+
+    Infinite where only one of the two has a number. Raises ValueError when they have not the same rows.
+    """
+
+    def by_key(table: Iterable[Mapping[str, Any]]) -> dict[tuple[str, ...], Mapping[str, Any]]:
+        return {tuple(str(row[name]) for name in ("epoch", "split", "member")): row for row in table}
+
+    one, two = by_key(rows), by_key(others)
+    if one.keys() != two.keys():
+        raise ValueError(f"two results must have the same rows to be compared, however: {len(one)} and {len(two)}")
+
+    def difference(first: Any, second: Any) -> float:
+        absent = [value in ("", None) or value != value for value in (first, second)]
+        return 0.0 if all(absent) else math.inf if any(absent) else abs(float(first) - float(second))
+
+    return {name: max(difference(row[name], two[key][name]) for key, row in one.items()) for name in METRICS}

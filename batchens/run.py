@@ -12,8 +12,10 @@
 The result, `results/<experiment>/<run_id>.csv`, is what makes a run done; the checkpoint and the claim are then removed.
 """
 
+import errno
 import json
 import os
+import secrets
 import socket
 import sys
 import time
@@ -72,52 +74,64 @@ class Run:
 
         Raises:
             InUse: a live process holds it, here or, as far as can be known, on another host.
-            OSError: no file can be written where the run or its result belongs; known before any training.
+            ValueError: no file can be written where the run or its result belongs; known before any training.
         """
         check_writable(self.folder)
         check_writable(self.result.parent)
-        self._claim()
+        owner = self._claim()
         try:
+            if self.done():
+                raise InUse(f"another process has just finished {self.id}")
             self.failure.unlink(missing_ok=True)
             yield
+        except InUse:
+            raise
         except Exception as error:
             reason = f"{type(error).__name__}: {error}".splitlines()[0]
             with suppress(OSError):  # a full disk is one of the reasons to fail
                 write_text(self.failure, f"{reason}\n\n{traceback.format_exc()}")
             raise
         finally:
-            with suppress(OSError):
-                self.claim.unlink()
+            if read_json(self.claim) == owner:
+                self.claim.unlink(missing_ok=True)
 
-    def _claim(self) -> None:
+    def _claim(self) -> dict[str, Any]:
+        """Put our name on the run, or raise InUse; return what was written."""
+        host, pid = socket.gethostname(), os.getpid()
         owner: dict[str, Any] = {
-            "host": socket.gethostname(),
-            "pid": os.getpid(),
-            "born": born(os.getpid()),
+            "host": host,
+            "pid": pid,
+            "born": born(pid),
             "job_id": results.scheduler_job_id(),
             "since": time.time(),
+            "token": secrets.token_hex(8),
         }
-        for _ in range(2):
-            try:
-                descriptor = os.open(self.claim, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644)  # atomic, on NFS too
-            except FileExistsError:
+        ours, stale = (self.folder / f".{name}.{owner['token']}.tmp" for name in ("claim", "stale"))
+        ours.write_text(json.dumps(owner))
+        try:
+            for _ in range(3):
+                with suppress(FileExistsError):
+                    os.link(ours, self.claim)  # at once and whole, or not at all; on NFS too
+                    return owner
                 other = read_json(self.claim)
+                if not other:
+                    continue  # its holder has just finished
                 if owner_alive(other, for_job=owner["job_id"]):
                     raise InUse(
-                        f"a run is worked on by one process at a time, however {self.id} is held by process "
-                        f"{other.get('pid')} on {other.get('host')}"
-                        + (f" (job {other['job_id']})" if other.get("job_id") else "")
+                        f"a run is worked on by one process at a time, however {self.id} is held by process {other['pid']} on "
+                        f"{other['host']}"
+                        + (f" (job {other['job_id']})" if other["job_id"] else "")
                         + f"; if that one is surely dead, delete {self.claim}"
-                    ) from None
-                stale = self.claim.with_name(f".claim.{owner['host']}.{owner['pid']}.tmp")
-                with suppress(FileNotFoundError):  # of two that find it stale, one renames it
+                    )
+                with suppress(FileNotFoundError):
                     os.rename(self.claim, stale)
+                    if read_json(stale) != other:  # between our two looks somebody else took over: give it back
+                        with suppress(FileExistsError):
+                            os.link(stale, self.claim)
                     stale.unlink()
-                continue
-            with os.fdopen(descriptor, "w") as file:
-                json.dump(owner, file)
-            return
-        raise InUse(f"a run is worked on by one process at a time, however another one has just taken up {self.id}")
+            raise InUse(f"a run is worked on by one process at a time, however others are just taking up {self.id}")
+        finally:
+            ours.unlink(missing_ok=True)
 
     def after_epoch(self, rows: Sequence[dict[str, Any]], epochs: int) -> None:
         """Say how far the run is: a line in its log, and `progress.json` for `jobs status`."""
@@ -156,14 +170,12 @@ class Run:
 def owner_alive(owner: dict[str, Any], for_job: str = "") -> bool:
     """Say whether the process that wrote a claim may still be at work.
 
-    On this host the process table knows. A claim of the asking job itself is left over from before it was requeued. Of
-    another host nothing is known here, so it counts as alive; `jobs`, which asks the scheduler, removes it if it is not.
+    On this host the process table knows. Of another host nothing is known here, so its process counts as alive (`jobs`,
+    which asks the scheduler, removes the claim if it is not), unless it was of the asking job itself: that was requeued.
     """
-    if for_job and owner.get("job_id") == for_job and owner.get("pid") != os.getpid():
-        return False
-    if owner.get("host") != socket.gethostname():
-        return bool(owner)  # an empty claim: its writer was killed, or is about to write; see `read_json`
-    return born(owner.get("pid", 0)) == owner.get("born")
+    if owner["host"] == socket.gethostname():
+        return bool(owner["born"]) and born(owner["pid"]) == owner["born"]
+    return not (for_job and owner["job_id"] == for_job)
 
 
 def born(pid: int) -> str:
@@ -194,8 +206,8 @@ def read_json(path: Path) -> dict[str, Any]:
 def command_line(experiment: str, config_type: type[Any], main: Callable[[Any, Folders], Path], doc: str) -> int:
     """Run a script from its command line: the fields of its Config and the three folders as options; return the exit code.
 
-    0: done, or done before. 1: the run failed; 2: nothing was run, because something asked for is not possible; 130:
-    stopped by Ctrl-C, to be gone on with by the same command.
+    0: done, or done before. 1: the run failed. 2: nothing was trained, because something asked for is not possible. 130:
+    stopped by Ctrl-C; the same command goes on.
     """
     import tyro
 
@@ -218,10 +230,11 @@ def guarded(work: Callable[[], Any]) -> int:
         return _say(2, error)
     except OSError as error:
         where = f" ({error.filename})" if error.filename else ""
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
         return _say(
-            1 if error.errno is None else 2,
-            f"{error.strerror or error}{where}: free some space or make the folder writable, or choose others with --runs and "
-            "--results; what was measured so far is kept",
+            1,
+            f"{error.strerror or error}{where}; what was measured up to the last whole epoch is kept"
+            + (": free some space, then the same command goes on from there" if full else ""),
         )
     except RuntimeError as error:
         return _say(1, error)

@@ -6,6 +6,7 @@ same numbers, bit for bit, as one that never stopped. At most the running epoch 
 """
 
 import ctypes
+import errno
 import pickle
 import sys
 import time
@@ -36,7 +37,7 @@ Rows = list[dict[str, Any]]
 
 
 class Diverged(RuntimeError):
-    """The training loss is no longer a finite number."""
+    """The loss is no longer a finite number."""
 
 
 def choose_device(name: str) -> torch.device:
@@ -161,7 +162,7 @@ def fit(
 
     Raises:
         ValueError: the batch does not divide or is larger than the data; a number format that does not go.
-        Diverged: the training loss of an epoch is not finite.
+        Diverged: the training loss of an epoch, or a prediction after it, is not finite.
     """
     device = images.train.images.device
     dtype = autocast_dtype(precision, device, optimizer)
@@ -183,6 +184,12 @@ def fit(
             x = augment(x, flip=dataset.flip, padding=dataset.padding, generator=draws)
         x = normalise(x, images.mean, images.std, channels_last=True)
         return (repeat(x, ensemble_size), repeat(y, ensemble_size)) if regime == "repeat" else (x, y)
+
+    def diverged(epoch: int) -> Diverged:
+        return Diverged(
+            f"the loss must stay a finite number, however it did not in epoch {epoch} of {epochs}: the learning rate is too "
+            "high for this setting, or the precision too low; no result was written"
+        )
 
     def train_epoch() -> tuple[Tensor, Tensor]:
         """Return each member's mean loss and accuracy over the epoch: (ensemble_size,), (ensemble_size,)."""
@@ -213,10 +220,7 @@ def fit(
         _synchronise(device)
         seconds = time.perf_counter() - started
         if not losses.isfinite().all():
-            raise Diverged(
-                f"the training loss is not finite in epoch {epoch} of {epochs}: the learning rate is too high for this "
-                "setting, or the precision too low; nothing was written as a result"
-            )
+            raise diverged(epoch)
         costs = {
             "seconds": seconds,
             "images_per_second": steps * batch_size / seconds,
@@ -226,9 +230,11 @@ def fit(
             {"epoch": epoch, "split": "train", "member": m, "accuracy": accuracy, "nll": nll, **costs}
             for m, (accuracy, nll) in enumerate(zip(correct.tolist(), losses.tolist(), strict=True))
         ]
-        splits = ("validation", "test") if epoch == epochs else ("validation",)
-        for split in splits:
+        evaluated = ("validation", "test") if epoch == epochs else ("validation",)
+        for split in evaluated:
             log_probs = predict(model, images, split, ensemble_size, dtype)
+            if log_probs.isnan().any():
+                raise diverged(epoch)
             labels = getattr(images, split).labels
             new += [{"epoch": epoch, "split": split, **row, **costs} for row in measure(log_probs, labels)]
         rows += new
@@ -277,7 +283,10 @@ class _Checkpoint:
             "rows": rows,
         }
         with replacing(self.path) as temporary:
-            torch.save(state, temporary)
+            try:
+                torch.save(state, temporary)
+            except RuntimeError as error:  # what torch makes of a full disk
+                raise OSError(errno.ENOSPC, "the checkpoint could not be written", str(self.path)) from error
 
     def load(self) -> Rows:
         """Put the saved state in place and return its rows; none when there is no checkpoint or it is of no use."""
@@ -295,11 +304,11 @@ class _Checkpoint:
             torch.set_rng_state(state["torch"])
             if state["cuda"] is not None:
                 torch.cuda.set_rng_state(state["cuda"], self.draws.device)
-        except (RuntimeError, KeyError, ValueError, EOFError, pickle.UnpicklingError) as error:
+        except (RuntimeError, KeyError, TypeError, ValueError, EOFError, pickle.UnpicklingError) as error:
             reason = " ".join(str(error).split())[:200]
             raise ValueError(
-                f"the checkpoint {self.path} can't be gone on from; delete it to start the run again from its beginning (it was "
-                f"made by other code, on another kind of device or by another torch: {reason})"
+                f"the checkpoint {self.path} can't be gone on from; delete it to start the run again from its beginning (it "
+                f"was made by other code, on another kind of device or by another torch: {reason})"
             ) from error
         return list(state["rows"])
 

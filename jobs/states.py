@@ -46,7 +46,8 @@ class Submission:
 
     def alive(self) -> bool:
         """Say whether any worker of this local submission still lives; from another host that can't be known: yes."""
-        return any(owner_alive({"host": self.host, "pid": int(pid), "born": when}) for pid, when in self.jobs.items())
+        owners = ({"host": self.host, "pid": int(pid), "born": when, "job_id": ""} for pid, when in self.jobs.items())
+        return any(owner_alive(owner) for owner in owners)
 
 
 def submissions(folders: Folders, experiment: str) -> list[Submission]:
@@ -87,7 +88,7 @@ def _state(run: Run, waiting: Mapping[str, float], tried: Iterable[str]) -> RunS
     progress = read_json(run.progress)
     if run.claim.exists():
         owner = read_json(run.claim)
-        if owner_alive(owner):
+        if owner and owner_alive(owner):
             return RunState(run, "running", progress=progress, owner=owner)
     failed = run.failure.exists() and run.failure.stat().st_mtime >= waiting.get(run.id, 0)
     if run.id in waiting and not failed:

@@ -98,6 +98,8 @@ class Config:
         ):
             if not getattr(self, name) >= least:
                 raise ValueError(f"{name} must be at least {least}, however: {getattr(self, name)}")
+        if not self.warmup_epochs < self.epochs:
+            raise ValueError(f"warmup_epochs must be below epochs, however: {self.warmup_epochs} and {self.epochs}")
         if not self.learning_rate > 0:
             raise ValueError(f"learning_rate must be positive, however: {self.learning_rate}")
         for name in ("alpha_init", "gamma_init"):

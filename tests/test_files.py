@@ -118,13 +118,13 @@ def test_a_full_disk_is_known_before_any_training(small_disk):
     assert list(small_disk.iterdir()) == []
     (small_disk / "all").write_bytes(b"x" * (64 * 1024 - os.sysconf("SC_PAGE_SIZE")))
     (small_disk / "rest").write_bytes(b"x" * os.sysconf("SC_PAGE_SIZE"))
-    with pytest.raises(OSError, match="No space left"):
+    with pytest.raises(ValueError, match="No space left"):
         check_writable(small_disk)
     assert sorted(path.name for path in small_disk.iterdir()) == ["all", "rest"]
 
 
 def test_a_folder_that_cannot_be_made_is_known_before_any_training(old):
-    with pytest.raises(OSError):
+    with pytest.raises(ValueError, match="choose another with --runs or --results"):
         check_writable(old / "below a file")
     check_writable(old.parent / "new" / "deep")
     assert list((old.parent / "new" / "deep").iterdir()) == []

@@ -372,13 +372,6 @@ def test_conversion_reaches_every_layer_and_keeps_what_is_tied_tied():
     assert converted.tied.alpha is not converted.again.alpha
 
 
-def test_a_bias_that_two_layers_share_stays_shared():
-    network = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
-    network[1].bias = network[0].bias
-    converted = ensemble_of(network)
-    assert converted[0].bias is converted[1].bias
-
-
 def test_conversion_keeps_slow_values_and_gives_every_member_a_copy_of_the_bias():
     plain = Nested()
     converted = ensemble_of(plain, ensemble_size=3)

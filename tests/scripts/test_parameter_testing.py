@@ -214,10 +214,14 @@ def test_a_data_set_that_cannot_be_had_is_said_and_nothing_is_trained(command, t
 
 def test_a_loss_that_is_not_a_number_fails_without_a_result_and_says_why(command, tmp_path):
     code, said = command("--model", "mlp", "--learning-rate", "1e20", "--epochs", "2")
-    assert code == 1 and said.startswith("error: the training loss is not finite in epoch 1 of 2")
+    assert code == 1 and said.startswith(
+        "error: the loss must stay a finite number, however it did not in epoch 1 of 2"
+    )
     assert results(tmp_path) == []
     (reason,) = tmp_path.rglob("failure.txt")
-    assert reason.read_text().startswith("Diverged: the training loss is not finite in epoch 1 of 2")
+    assert reason.read_text().startswith(
+        "Diverged: the loss must stay a finite number, however it did not in epoch 1 of 2"
+    )
     assert [path.name for path in reason.parent.iterdir()] == ["failure.txt"]
 
 
