@@ -26,6 +26,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from tqdm import tqdm
+
 from batchens import results
 from batchens.data.catalog import DataError
 from batchens.files import check_writable, data_folder, results_folder, runs_folder, write_text
@@ -148,11 +150,11 @@ class Run:
                 }
             ),
         )
-        print(
+        tqdm.write(  # which leaves a progress bar on the terminal whole
             f"{self.id}: epoch {row['epoch']} of {epochs}, validation accuracy {row['accuracy']:.4f}, NLL {row['nll']:.4f}, "
-            f"{row['seconds']:.1f} s",
-            flush=True,
+            f"{row['seconds']:.1f} s"
         )
+        sys.stdout.flush()
 
     def write(self, rows: Sequence[dict[str, Any]], **facts: Any) -> Path:
         """Write the result of the run: each row with the configuration, `facts` and the provenance; clear its folder."""
