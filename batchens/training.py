@@ -65,8 +65,8 @@ def choose_device(name: str) -> torch.device:
 def keep_freed_memory() -> None:
     """Let this process keep the memory of freed tensors for the next ones (Linux with glibc; elsewhere nothing happens).
 
-    By default every large tensor is mapped anew and its pages are zeroed by the kernel, in every step. Kept, a step of the
-    two-convolution network on one CPU thread (benchmarks/layers.py, 4 members of 128 images) takes half the time.
+    By default every large tensor is mapped anew and its pages are zeroed by the kernel, in every step. A step of the
+    two-convolution network on one CPU thread, 4 members of 128 images, took 515 ms so, and 279 ms with memory kept.
     """
     if sys.platform != "linux":
         return
@@ -212,35 +212,35 @@ def fit(
         return losses / steps, correct / steps
 
     progress = tqdm(total=epochs * steps, initial=(first_epoch - 1) * steps, unit="step", disable=None, leave=False)
-    for epoch in range(first_epoch, epochs + 1):
-        _reset_peak_memory(device)
-        _synchronise(device)
-        started = time.perf_counter()
-        losses, correct = train_epoch()
-        _synchronise(device)
-        seconds = time.perf_counter() - started
-        if not losses.isfinite().all():
-            raise diverged(epoch)
-        costs = {
-            "seconds": seconds,
-            "images_per_second": steps * batch_size / seconds,
-            "peak_memory_mb": _peak_memory_mb(device),
-        }
-        new: Rows = [
-            {"epoch": epoch, "split": "train", "member": m, "accuracy": accuracy, "nll": nll, **costs}
-            for m, (accuracy, nll) in enumerate(zip(correct.tolist(), losses.tolist(), strict=True))
-        ]
-        evaluated = ("validation", "test") if epoch == epochs else ("validation",)
-        for split in evaluated:
-            log_probs = predict(model, images, split, ensemble_size, dtype)
-            if log_probs.isnan().any():
+    with progress:
+        for epoch in range(first_epoch, epochs + 1):
+            _reset_peak_memory(device)
+            _synchronise(device)
+            started = time.perf_counter()
+            losses, correct = train_epoch()
+            _synchronise(device)
+            seconds = time.perf_counter() - started
+            if not losses.isfinite().all():
                 raise diverged(epoch)
-            labels = getattr(images, split).labels
-            new += [{"epoch": epoch, "split": split, **row, **costs} for row in measure(log_probs, labels)]
-        rows += new
-        saved.save(rows)
-        on_epoch(new)
-    progress.close()
+            costs = {
+                "seconds": seconds,
+                "images_per_second": steps * batch_size / seconds,
+                "peak_memory_mb": _peak_memory_mb(device),
+            }
+            new: Rows = [
+                {"epoch": epoch, "split": "train", "member": m, "accuracy": accuracy, "nll": nll, **costs}
+                for m, (accuracy, nll) in enumerate(zip(correct.tolist(), losses.tolist(), strict=True))
+            ]
+            evaluated = ("validation", "test") if epoch == epochs else ("validation",)
+            for split in evaluated:
+                log_probs = predict(model, images, split, ensemble_size, dtype)
+                if log_probs.isnan().any():
+                    raise diverged(epoch)
+                labels = getattr(images, split).labels
+                new += [{"epoch": epoch, "split": split, **row, **costs} for row in measure(log_probs, labels)]
+            rows += new
+            saved.save(rows)
+            on_epoch(new)
     return rows
 
 

@@ -116,7 +116,7 @@ def status(experiment: Experiment, /, grid: Grid = None, watch: bool = False, fo
         print(_line(state))
     if any(state.state == "failed" for state in states):
         print(f"the whole of an error: {folders.runs / experiment}/RUN/failure.txt")
-    if any(state.state in ("failed", "lost", "damaged") for state in states):
+    if any(state.state in ("failed", "cancelled", "lost", "damaged") for state in states):
         again = f"python -m jobs submit {experiment}{_options(grid, folders)} --cluster NAME"
         print(f"what did not end well starts again, from its last checkpoint, with: {again}")
     for submission in submissions(folders, experiment):

@@ -16,7 +16,8 @@ STATES = {
     "running": "a live process works on it",
     "pending": "a live submission will come to it",
     "failed": "it ended with an error",
-    "lost": "its process ended without a word: killed, out of memory, a node that went down",
+    "cancelled": "its submission was cancelled",
+    "lost": "it was begun, is not finished, and nobody works on it: killed, out of memory, stopped",
     "damaged": "its result file is cut short or not its own",
     "missing": "nobody has tried it",
 }
@@ -36,6 +37,7 @@ class Submission:
     """run ids of each array element"""
     jobs: dict[str, str] = field(default_factory=dict)
     """of each worker or array element: scheduler's id -> when the process was born, for a local one"""
+    cancelled: bool = False
 
     def write(self) -> None:
         record = {name: value for name, value in asdict(self).items() if name != "path"}
@@ -52,8 +54,9 @@ class Submission:
 
 def submissions(folders: Folders, experiment: str) -> list[Submission]:
     """Return the records of all submissions of an experiment, the oldest first."""
-    paths = sorted((folders.runs / experiment / "submissions").glob("*/record.json"))
-    return [Submission(path=path, **record) for path in paths if (record := read_json(path))]
+    paths = (folders.runs / experiment / "submissions").glob("*/record.json")
+    records = (Submission(path=path, **record) for path in paths if (record := read_json(path)))
+    return sorted(records, key=lambda record: record.submitted)
 
 
 @dataclass
@@ -69,17 +72,19 @@ class RunState:
 
 def look(folders: Folders, experiment: str, configs: Mapping[str, Config]) -> list[RunState]:
     """Return the state of every run."""
-    past = submissions(folders, experiment)
-    waiting: dict[str, float] = {}
-    tried: set[str] = set()
-    for submission in past:
-        tried |= submission.run_ids()
-        if submission.alive():
-            waiting |= dict.fromkeys(submission.run_ids(), submission.submitted)
-    return [_state(Run(experiment, config, folders), waiting, tried) for config in configs.values()]
+    last: dict[str, Submission] = {}
+    for submission in submissions(folders, experiment):
+        last |= dict.fromkeys(submission.run_ids(), submission)
+    alive = {path: one.alive() for path, one in {one.path: one for one in last.values()}.items()}
+    states = []
+    for config in configs.values():
+        run = Run(experiment, config, folders)
+        submitted = last.get(run.id)
+        states.append(_state(run, submitted, submitted is not None and alive[submitted.path]))
+    return states
 
 
-def _state(run: Run, waiting: Mapping[str, float], tried: Iterable[str]) -> RunState:
+def _state(run: Run, submission: Submission | None, alive: bool) -> RunState:
     damage = None
     if run.result.exists():
         damage = results.damage(run.result)
@@ -90,15 +95,19 @@ def _state(run: Run, waiting: Mapping[str, float], tried: Iterable[str]) -> RunS
         owner = read_json(run.claim)
         if owner and owner_alive(owner):
             return RunState(run, "running", progress=progress, owner=owner)
-    failed = run.failure.exists() and run.failure.stat().st_mtime >= waiting.get(run.id, 0)
-    if run.id in waiting and not failed:
+    failed = run.failure.exists()
+    if submission is not None and alive:
+        failed = failed and run.failure.stat().st_mtime >= submission.submitted
+    if submission is not None and alive and not failed:
         return RunState(run, "pending", progress=progress)
     if damage is not None:
         return RunState(run, "damaged", damage)
     if failed:
         reason = run.failure.read_text(errors="replace").partition("\n")[0]
         return RunState(run, "failed", reason, progress)
-    if run.claim.exists() or run.checkpoint.exists() or run.id in tried:
+    if submission is not None and submission.cancelled:
+        return RunState(run, "cancelled", progress=progress)
+    if run.claim.exists() or run.checkpoint.exists() or submission is not None:
         return RunState(run, "lost", progress=progress)
     return RunState(run, "missing")
 

@@ -82,13 +82,9 @@ def submit(
     prepare_data({config.dataset for config in configs.values() if hasattr(config, "dataset")}, folders)
     check_writable(folders.results / experiment)
     with alone(folders, experiment):
-        states = look(folders, experiment, configs)
-        todo = todo_of(states)
+        todo = todo_of(look(folders, experiment, configs))
         if not todo:
             return None
-        for state in states:  # who is dead holds nothing; said here, where it is known, so that a node needn't guess
-            if state.run.id in set(todo):
-                state.run.claim.unlink(missing_ok=True)
         name = f"{datetime.now(UTC):%Y%m%dT%H%M%S}-{os.getpid()}"
         folder = folders.runs / experiment / "submissions" / name
         folder.mkdir(parents=True)
@@ -145,6 +141,8 @@ def cancel(experiment: str, run_ids: set[str] | None, folders: Folders) -> list[
             deadline = time.monotonic() + 30
             while submission.alive() and time.monotonic() < deadline:
                 time.sleep(0.1)
+            submission.cancelled = True
+            submission.write()
             stopped += sorted(submission.run_ids())
         return stopped
 
