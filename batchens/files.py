@@ -82,5 +82,5 @@ def check_writable(folder: Path) -> None:
     except OSError as error:
         raise ValueError(
             f"{folder} must be a folder that can be written to, however: {error.strerror}; free some space there or make it "
-            "writable, or choose another with --runs or --results"
+            "writable, or choose another with --data, --runs or --results"
         ) from error

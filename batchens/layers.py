@@ -95,6 +95,12 @@ class _RankOne(nn.Module):
         self.register_parameter("bias", parameter(bias, features[1]))
         self.reset_fast_weights()
 
+    def reset_parameters(self) -> None:
+        """Draw the slow weight anew as the plain layer does, and the fast weights by their inits."""
+        super().reset_parameters()  # type: ignore[misc]
+        if hasattr(self, "ensemble_size"):  # the plain layer's constructor calls this before there are fast weights
+            self.reset_fast_weights()
+
     @torch.no_grad()
     def reset_fast_weights(self) -> None:
         """Draw alpha and gamma anew by their signed scalars and set the biases to 0, the same for every member."""
@@ -120,7 +126,8 @@ class BatchEnsembleLinear(_RankOne, nn.Linear):  # type: ignore[misc]  # bias: o
     Shape: `(ensemble_size * batch, *, in_features) -> (ensemble_size * batch, *, out_features)`.
 
     Raises:
-        ValueError: ensemble_size < 1, an init out of range, or (forward) a batch that does not divide.
+        ValueError: ensemble_size < 1, an init out of range, or (forward) an input of another shape or
+            a batch that does not divide.
     """
 
     def __init__(
@@ -139,6 +146,10 @@ class BatchEnsembleLinear(_RankOne, nn.Linear):  # type: ignore[misc]  # bias: o
         self._add_fast_weights((in_features, out_features), ensemble_size, alpha_init, gamma_init, bias)
 
     def forward(self, x: Tensor) -> Tensor:
+        if x.ndim < 2 or x.shape[-1] != self.in_features:
+            raise ValueError(
+                f"the input must be (ensemble_size * batch, ..., in_features={self.in_features}), however: {tuple(x.shape)}"
+            )
         x = _scale_and_shift(members(x, self.ensemble_size), self.alpha, None, dim=-1)
         y = F.linear(x, self.weight)
         return _scale_and_shift(y, self.gamma, self.bias, dim=-1).flatten(0, 1)
@@ -153,7 +164,8 @@ class BatchEnsembleConv2d(_RankOne, nn.Conv2d):  # type: ignore[misc]
     Shape: `(ensemble_size * batch, in_channels, height, width) -> (ensemble_size * batch, out_channels, height', width')`.
 
     Raises:
-        ValueError: ensemble_size < 1, an init out of range, or (forward) a batch that does not divide.
+        ValueError: ensemble_size < 1, an init out of range, or (forward) an input of another shape or
+            a batch that does not divide.
     """
 
     def __init__(
@@ -190,6 +202,11 @@ class BatchEnsembleConv2d(_RankOne, nn.Conv2d):  # type: ignore[misc]
         self._add_fast_weights((in_channels, out_channels), ensemble_size, alpha_init, gamma_init, bias)
 
     def forward(self, x: Tensor) -> Tensor:
+        if x.ndim != 4 or x.shape[1] != self.in_channels:
+            raise ValueError(
+                f"the input must be (ensemble_size * batch, in_channels={self.in_channels}, height, width), however: "
+                f"{tuple(x.shape)}"
+            )
         return self.forward_folded(x) if self.folds(x) else self.forward_scaled(x)
 
     def folds(self, x: Tensor) -> bool:

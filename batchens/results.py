@@ -18,6 +18,7 @@ empty in the row of the ensemble's averaged prediction. Every row carries the wh
 
 import csv
 import io
+import itertools
 import math
 import os
 import platform
@@ -45,12 +46,13 @@ def write_run(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     """Write the rows of one run, all with the same keys, whole or not at all.
 
     A file that is already there is never overwritten: a complete one raises FileExistsError, a damaged one is kept
-    beside the new one as `<name>.damaged`.
+    beside the new one as `<name>.damaged1`, 2 and so on.
     """
     if path.exists():
         if damage(path) is None:
             raise FileExistsError(f"a result is written once, however {path} is there and complete")
-        os.replace(path, path.with_name(path.name + ".damaged"))
+        aside = (path.with_name(f"{path.name}.damaged{number}") for number in itertools.count(1))
+        os.replace(path, next(one for one in aside if not one.exists()))
     text = io.StringIO()
     writer = csv.DictWriter(text, [*rows[0], "rows"], lineterminator="\n")
     writer.writeheader()

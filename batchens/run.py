@@ -82,12 +82,8 @@ class Run:
         check_writable(self.result.parent)
         owner = self._claim()
         try:
-            if self.done():
-                raise InUse(f"another process has just finished {self.id}")
             self.failure.unlink(missing_ok=True)
             yield
-        except InUse:
-            raise
         except Exception as error:
             reason = f"{type(error).__name__}: {error}".splitlines()[0]
             with suppress(OSError):  # a full disk is one of the reasons to fail

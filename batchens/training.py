@@ -97,12 +97,15 @@ def autocast_dtype(precision: Precision, device: torch.device, optimizer: torch.
     return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
 
 
-def device_facts(device: torch.device, precision: Precision, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """Return what a result says of how it was computed: device_name, number_format, torch."""
+def device_facts(
+    device: torch.device, precision: Precision, optimizer: torch.optim.Optimizer, compiled: bool
+) -> dict[str, Any]:
+    """Return what a result says of how it was computed: device_name, number_format, compiled, torch."""
     cuda = device.type == "cuda"
     return {
         "device_name": torch.cuda.get_device_name(device) if cuda else f"cpu, {torch.get_num_threads()} threads",
         "number_format": str(autocast_dtype(precision, device, optimizer)).removeprefix("torch."),
+        "compiled": compiled,
         "torch": torch.__version__,
     }
 
@@ -211,10 +214,10 @@ def fit(
             progress.update()
         return losses / steps, correct / steps
 
+    _reset_peak_memory(device)
     progress = tqdm(total=epochs * steps, initial=(first_epoch - 1) * steps, unit="step", disable=None, leave=False)
     with progress:
         for epoch in range(first_epoch, epochs + 1):
-            _reset_peak_memory(device)
             _synchronise(device)
             started = time.perf_counter()
             losses, correct = train_epoch()
@@ -234,7 +237,7 @@ def fit(
             evaluated = ("validation", "test") if epoch == epochs else ("validation",)
             for split in evaluated:
                 log_probs = predict(model, images, split, ensemble_size, dtype)
-                if log_probs.isnan().any():
+                if not log_probs.isfinite().all():
                     raise diverged(epoch)
                 labels = getattr(images, split).labels
                 new += [{"epoch": epoch, "split": split, **row, **costs} for row in measure(log_probs, labels)]
@@ -326,14 +329,17 @@ def _reset_peak_memory(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         return
-    try:  # several runs share a process; 5 resets the peak resident size (Linux, proc(5))
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "malloc_trim"):  # give back what earlier runs of this process left to be kept
+        libc.malloc_trim(0)
+    try:  # 5 resets the peak resident size (Linux, proc(5))
         Path("/proc/self/clear_refs").write_text("5")
     except OSError:
         pass
 
 
 def _peak_memory_mb(device: torch.device) -> float | None:
-    """Return the peak of the GPU's allocated memory, or of this process's resident memory, in MiB, since the reset."""
+    """Return the peak since the reset, in MiB, of the GPU's allocated memory or of this process's resident memory."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**20
     try:

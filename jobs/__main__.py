@@ -11,7 +11,6 @@ No command but `run` imports torch.
 
 import csv
 import functools
-import socket
 import sys
 import time
 from collections.abc import Callable
@@ -53,7 +52,7 @@ def submit(
     experiment: Experiment,
     /,
     cluster: Annotated[str, tyro.conf.arg(metavar="NAME", help="a preset of jobs/clusters.toml")],
-    grid: Grid = None,
+    grid: Annotated[str | None, tyro.conf.arg(metavar="NAME", help="one of the script's grids")] = None,
     max_parallel: Count = None,
     runs_per_job: int = 1,
     dry_run: bool = False,
@@ -90,7 +89,9 @@ def submit(
         return
     record = submit_runs(experiment, configs, preset, folders, max_parallel, runs_per_job)
     if record is None:
-        print(f"nothing to submit: {_summary(experiment, grid, look(folders, experiment, configs))}")
+        states = look(folders, experiment, configs)
+        print(f"nothing to submit: {_summary(experiment, grid, states)}")
+        _mention_foreign(experiment, folders, states)
         return
     print(
         f"submitted {len(record.run_ids())} runs of {experiment} to {cluster}, {len(record.jobs)} at once; "
@@ -119,11 +120,7 @@ def status(experiment: Experiment, /, grid: Grid = None, watch: bool = False, fo
     if any(state.state in ("failed", "cancelled", "lost", "damaged") for state in states):
         again = f"python -m jobs submit {experiment}{_options(grid, folders)} --cluster NAME"
         print(f"what did not end well starts again, from its last checkpoint, with: {again}")
-    for submission in submissions(folders, experiment):
-        if submission.host != socket.gethostname() and any(state.run.id in submission.run_ids() for state in states):
-            print(
-                f"submitted on {submission.host}, which can't be asked from here: {submission.path.parent} (delete it if dead)"
-            )
+    _mention_foreign(experiment, folders, states)
     if watch and any(state.state != "done" for state in states):
         raise SystemExit(1)
 
@@ -154,8 +151,7 @@ def run(
 
 def cancel(experiment: Experiment, /, grid: Grid = None, folders: Folders = FOLDERS) -> None:
     """Stop the live submissions of an experiment; what was trained so far is kept and gone on with by submitting again."""
-    chosen = None if grid is None else set(experiments.runs_of(experiment, grid))
-    stopped = cancel_runs(experiment, chosen, folders)
+    stopped = cancel_runs(experiment, experiments.runs_of(experiment, grid), folders)
     print(f"stopped {len(stopped)} runs" if stopped else f"no submission of {experiment} is alive")
 
 
@@ -175,6 +171,15 @@ def _watch(states_now: Callable[[], list[RunState]]) -> list[RunState]:
         print("\nstopped watching; the runs go on (python -m jobs cancel EXPERIMENT stops them)", file=sys.stderr)
         raise SystemExit(130) from None
     return states
+
+
+def _mention_foreign(experiment: str, folders: Folders, states: list[RunState]) -> None:
+    open_runs = {state.run.id for state in states if state.state in ALIVE}
+    for submission in submissions(folders, experiment):
+        if submission.foreign() and open_runs & submission.run_ids():
+            print(
+                f"submitted on {submission.host}, which can't be asked from here: if dead, delete {submission.path.parent}"
+            )
 
 
 def _summary(experiment: str, grid: str | None, states: list[RunState]) -> str:

@@ -1,13 +1,15 @@
 """What an array element does: its runs, one after another, in one process."""
 
+import json
 import os
 import signal
+import socket
 import sys
 import traceback
 from pathlib import Path
 from types import FrameType
 
-from batchens.run import Folders, InUse
+from batchens.run import Folders, InUse, born
 from jobs import experiments
 
 
@@ -51,10 +53,16 @@ def work(experiment: str, elements: list[list[str]], queue: Path | None, folders
 
 
 def _take(ticket: Path) -> bool:
+    """Take an element for this worker, or say that another has; the ticket names who."""
+    pid = os.getpid()
+    ours = ticket.with_name(f".{ticket.name}.{pid}.tmp")
+    ours.write_text(json.dumps({"host": socket.gethostname(), "pid": pid, "born": born(pid), "job_id": ""}))
     try:
-        os.close(os.open(ticket, os.O_CREAT | os.O_EXCL))
+        os.link(ours, ticket)
     except FileExistsError:
         return False
+    finally:
+        ours.unlink()
     return True
 
 

@@ -33,19 +33,20 @@ def find(experiment: str, name: str, grid: str | None = None) -> tuple[str, Conf
     runs = runs_of(experiment, grid)
     if name in runs:
         return name, runs[name]
-    if name.isdigit() and int(name) < len(runs):
+    if name.isdecimal() and grid is None and len(script(experiment).GRIDS) > 1:
+        raise ValueError(
+            f"a number is a run's position in the plan of one grid, so say which one: --grid NAME; however: {name}"
+        )
+    if name.isdecimal() and int(name) < len(runs):
         return list(runs.items())[int(name)]
     matching = [known for known in runs if known.startswith(name)]
     if len(matching) == 1:
         return matching[0], runs[matching[0]]
-    what = (
-        f"the beginning of one run, however {name!r} is that of {len(matching)}"
-        if matching
-        else f"one, however: {name!r}"
-    )
+    fits = f"is the beginning of {len(matching)} runs" if matching else "is none of them"
     shown = "".join(f"\n  {known}" for known in (matching or list(runs))[:8])
     more = max(0, len(matching or runs) - 8)
     raise ValueError(
-        f"a run of {experiment} must be an id, {what}, or a number below {len(runs)}; among them:{shown}"
+        f"a run of {experiment} must be named by its id, by the beginning of just one, or with --grid by its number there, "
+        f"however {name!r} {fits}; among them:{shown}"
         + (f"\n  and {more} more: python -m jobs plan {experiment}" if more else "")
     )

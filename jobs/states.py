@@ -1,8 +1,9 @@
 """What has become of each run. The truth is, in this order: the result file, who works on it, what the last one left."""
 
 import json
+import socket
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,8 @@ class Submission:
     cluster: str
     host: str
     submitted: float
+    results: str
+    """the folder that its runs write to"""
     elements: list[list[str]]
     """run ids of each array element"""
     jobs: dict[str, str] = field(default_factory=dict)
@@ -46,6 +49,19 @@ class Submission:
     def run_ids(self) -> set[str]:
         return {run_id for element in self.elements for run_id in element}
 
+    def foreign(self) -> bool:
+        """Say whether it was made on another host, whose processes can't be asked for from here."""
+        return self.host != socket.gethostname()
+
+    def dead_runs(self) -> set[str]:
+        """Return the runs of elements that a worker took and died on."""
+        dead = set()
+        for number, element in enumerate(self.elements):
+            taker = read_json(self.path.parent / "taken" / str(number))
+            if taker and not owner_alive(taker):
+                dead |= set(element)
+        return dead
+
     def alive(self) -> bool:
         """Say whether any worker of this local submission still lives; from another host that can't be known: yes."""
         owners = ({"host": self.host, "pid": int(pid), "born": when, "job_id": ""} for pid, when in self.jobs.items())
@@ -53,9 +69,13 @@ class Submission:
 
 
 def submissions(folders: Folders, experiment: str) -> list[Submission]:
-    """Return the records of all submissions of an experiment, the oldest first."""
-    paths = (folders.runs / experiment / "submissions").glob("*/record.json")
-    records = (Submission(path=path, **record) for path in paths if (record := read_json(path)))
+    """Return the records of all submissions of an experiment into this results folder, the oldest first."""
+    needed = {each.name for each in fields(Submission)} - {"path"}
+    records = []
+    for path in (folders.runs / experiment / "submissions").glob("*/record.json"):
+        record = read_json(path)
+        if needed <= record.keys() and record["results"] == str(folders.results):
+            records.append(Submission(path=path, **{name: record[name] for name in needed}))
     return sorted(records, key=lambda record: record.submitted)
 
 
@@ -75,16 +95,19 @@ def look(folders: Folders, experiment: str, configs: Mapping[str, Config]) -> li
     last: dict[str, Submission] = {}
     for submission in submissions(folders, experiment):
         last |= dict.fromkeys(submission.run_ids(), submission)
-    alive = {path: one.alive() for path, one in {one.path: one for one in last.values()}.items()}
+    current = {one.path: one for one in last.values()}
+    alive = {path: one.alive() for path, one in current.items()}
+    dead = {path: one.dead_runs() if alive[path] else set() for path, one in current.items()}
     states = []
     for config in configs.values():
         run = Run(experiment, config, folders)
         submitted = last.get(run.id)
-        states.append(_state(run, submitted, submitted is not None and alive[submitted.path]))
+        waits = submitted is not None and alive[submitted.path] and run.id not in dead[submitted.path]
+        states.append(_state(run, submitted, waits))
     return states
 
 
-def _state(run: Run, submission: Submission | None, alive: bool) -> RunState:
+def _state(run: Run, submission: Submission | None, waits: bool) -> RunState:
     damage = None
     if run.result.exists():
         damage = results.damage(run.result)
@@ -95,21 +118,26 @@ def _state(run: Run, submission: Submission | None, alive: bool) -> RunState:
         owner = read_json(run.claim)
         if owner and owner_alive(owner):
             return RunState(run, "running", progress=progress, owner=owner)
-    failed = run.failure.exists()
-    if submission is not None and alive:
-        failed = failed and run.failure.stat().st_mtime >= submission.submitted
-    if submission is not None and alive and not failed:
+    failed, reason = _failure(run)
+    if submission is not None and waits and failed < submission.submitted:
         return RunState(run, "pending", progress=progress)
     if damage is not None:
         return RunState(run, "damaged", damage)
     if failed:
-        reason = run.failure.read_text(errors="replace").partition("\n")[0]
         return RunState(run, "failed", reason, progress)
     if submission is not None and submission.cancelled:
         return RunState(run, "cancelled", progress=progress)
     if run.claim.exists() or run.checkpoint.exists() or submission is not None:
         return RunState(run, "lost", progress=progress)
     return RunState(run, "missing")
+
+
+def _failure(run: Run) -> tuple[float, str]:
+    """Return when the run failed, 0 if it did not, and the reason in a line."""
+    try:
+        return run.failure.stat().st_mtime, run.failure.read_text(errors="replace").partition("\n")[0]
+    except FileNotFoundError:  # or just removed by who takes the run up again
+        return 0.0, ""
 
 
 def counts(states: Iterable[RunState]) -> dict[str, int]:

@@ -19,7 +19,7 @@ from batchens.run import Folders, born
 from jobs import clusters
 from jobs.clusters import Cluster
 from jobs.element import work
-from jobs.states import RunState, Submission, look, submissions
+from jobs.states import ALIVE, RunState, Submission, look, submissions
 
 LOCK_WAIT = 120  # seconds; a submission holds the lock for as long as the scheduler takes to answer
 
@@ -59,7 +59,7 @@ def prepare_data(datasets: set[str], folders: Folders) -> None:
         ValueError: they can't be had; its text says what was tried and what to do.
     """
     for dataset in sorted(name for name in datasets if not (folders.data / f"{name}.pt").exists()):
-        command = [sys.executable, "-m", "batchens.data.images", dataset, "--folder", str(folders.data)]
+        command = [sys.executable, "-m", "batchens.data.images", dataset, "--data", str(folders.data)]
         if subprocess.run(command).returncode:
             raise ValueError(
                 f"the images of {dataset} must be there before an array is submitted; what hinders is said above"
@@ -79,6 +79,8 @@ def submit(
     The record is on the disk before the scheduler hears of it, and has the job ids before the lock is given up: whoever
     submits next sees what is alive.
     """
+    if not todo_of(look(folders, experiment, configs)):
+        return None
     prepare_data({config.dataset for config in configs.values() if hasattr(config, "dataset")}, folders)
     check_writable(folders.results / experiment)
     with alone(folders, experiment):
@@ -90,7 +92,13 @@ def submit(
         folder.mkdir(parents=True)
         elements = elements_of(todo, runs_per_job)
         record = Submission(
-            folder / "record.json", experiment, cluster.name, socket.gethostname(), time.time(), elements
+            folder / "record.json",
+            experiment,
+            cluster.name,
+            socket.gethostname(),
+            time.time(),
+            str(folders.results),
+            elements,
         )
         record.write()
         _start_local(record, cluster, folders, clusters.local_workers(max_parallel, len(elements)))
@@ -123,27 +131,33 @@ def _start_local(record: Submission, cluster: Cluster, folders: Folders, workers
             record.write()
 
 
-def cancel(experiment: str, run_ids: set[str] | None, folders: Folders) -> list[str]:
-    """Stop the live submissions that hold any of these runs (None: all); return the ids of the runs that were stopped.
+def cancel(experiment: str, configs: dict[str, Any], folders: Folders) -> list[str]:
+    """Stop the live submissions that hold any of these runs; return the ids of the unfinished runs that were stopped.
 
     A worker is told by SIGTERM, ends at once, and is waited for; its runs keep their last checkpoint.
     """
     stopped: list[str] = []
     with alone(folders, experiment):
         for submission in submissions(folders, experiment):
-            if not submission.alive() or (run_ids is not None and not run_ids & submission.run_ids()):
+            if not submission.alive() or not configs.keys() & submission.run_ids():
                 continue
-            if submission.host != socket.gethostname():
-                raise ValueError(f"a local submission is cancelled on its own host, however that is {submission.host}")
+            if submission.foreign():
+                print(f"left alone: {submission.path.parent} was submitted on {submission.host}; cancel it there")
+                continue
+            unfinished = {state.run.id for state in look(folders, experiment, configs) if state.state in ALIVE}
             for pid, when in submission.jobs.items():
                 if born(int(pid)) == when:
                     os.kill(int(pid), signal.SIGTERM)
             deadline = time.monotonic() + 30
             while submission.alive() and time.monotonic() < deadline:
                 time.sleep(0.1)
+            if submission.alive():
+                raise RuntimeError(
+                    f"the workers {', '.join(submission.jobs)} of {submission.path.parent} do not end; kill them"
+                )
             submission.cancelled = True
             submission.write()
-            stopped += sorted(submission.run_ids())
+            stopped += sorted(submission.run_ids() & unfinished)
         return stopped
 
 

@@ -19,6 +19,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patheffects import Normal, Stroke
 from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, MaxNLocator, NullLocator
+from scipy import stats
 
 from plots.figure import (
     DASHED,
@@ -448,16 +449,12 @@ def _comparison(ours: pd.DataFrame, other: pd.DataFrame, label: str) -> str:
     if not pairs:
         return f"BatchEnsemble and {label} have no seed in common."
     sentence = f"BatchEnsemble less {label}: {mean:+.2f} points".replace("-", MINUS)
-    sentence += (
-        f" ± {error:.2f} (standard error of {pairs} paired differences)"
-        if pairs >= 3
-        else f" ({pairs} paired seed{'s' * (pairs > 1)})"
-    )
-    if min(len(ours), len(other)) < 2:
-        return sentence + "; one seed shows no spread."
-    gap = abs(ours["test_accuracy"].mean() - other["test_accuracy"].mean())
-    within = gap <= ours["test_accuracy"].std() + other["test_accuracy"].std()
-    return sentence + ("; within the spread over seeds." if within else "; beyond the spread over seeds.")
+    if pairs < 3:
+        return sentence + f" ({pairs} paired seed{'s' * (pairs > 1)}: too few to tell)."
+    half = float(stats.t.ppf(0.975, pairs - 1)) * error
+    interval = f"{mean - half:+.2f} to {mean + half:+.2f}".replace("-", MINUS)
+    verdict = "no difference is shown" if abs(mean) <= half else "a difference"
+    return sentence + f", 95 % interval {interval} (t, {pairs} paired seeds): {verdict}."
 
 
 def _in_words(arm: pd.DataFrame) -> str:

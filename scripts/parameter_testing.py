@@ -25,7 +25,7 @@ from batchens.run import Folders, Run, command_line
 
 @dataclass(frozen=True)
 class Config:
-    """What one run trains. A field that the method has no use for takes its neutral value (`__post_init__`)."""
+    """What one run trains. A field that the method has no use for takes its neutral value."""
 
     dataset: DatasetName = "digits"
     """images to learn; digits are bundled, the others are downloaded once"""
@@ -95,11 +95,12 @@ class Config:
             ("batch_size", 1),
             ("warmup_epochs", 0),
             ("weight_decay", 0),
+            ("threads", 0),
         ):
             if not getattr(self, name) >= least:
                 raise ValueError(f"{name} must be at least {least}, however: {getattr(self, name)}")
         if not self.warmup_epochs < self.epochs:
-            raise ValueError(f"warmup_epochs must be below epochs, however: {self.warmup_epochs} and {self.epochs}")
+            raise ValueError(f"warmup_epochs must be below epochs={self.epochs}, however: {self.warmup_epochs}")
         if not self.learning_rate > 0:
             raise ValueError(f"learning_rate must be positive, however: {self.learning_rate}")
         for name in ("alpha_init", "gamma_init"):
@@ -172,7 +173,7 @@ def main(config: Config, folders: Folders) -> Path:
         print(f"done before: {run.result}")
         return run.result
     with run.taken():
-        return train(run, config)
+        return run.result if run.done() else train(run, config)  # done: by a process that held it until now
 
 
 def train(run: Run, config: Config) -> Path:
@@ -247,7 +248,7 @@ def train(run: Run, config: Config) -> Path:
     path = run.write(
         rows,
         parameters=sum(parameter.numel() for parameter in model.parameters()),
-        **device_facts(device, config.precision, optimizer),
+        **device_facts(device, config.precision, optimizer, config.compile),
         data_source=images.source,
     )
     print(f"written: {path}")

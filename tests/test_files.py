@@ -124,7 +124,7 @@ def test_a_full_disk_is_known_before_any_training(small_disk):
 
 
 def test_a_folder_that_cannot_be_made_is_known_before_any_training(old):
-    with pytest.raises(ValueError, match="choose another with --runs or --results"):
+    with pytest.raises(ValueError, match="choose another with --data, --runs or --results"):
         check_writable(old / "below a file")
     check_writable(old.parent / "new" / "deep")
     assert list((old.parent / "new" / "deep").iterdir()) == []

@@ -562,3 +562,22 @@ def test_state_dict_and_deepcopy_carry_everything(batchnorm):
     other.load_state_dict(model.state_dict())
     for twin in (other, copy.deepcopy(model)):
         assert torch.equal(twin.eval()(x), model.eval()(x))
+
+
+def test_an_input_of_another_shape_is_an_error_whatever_the_batch():
+    fast = dict(ensemble_size=2, alpha_init=-0.5, gamma_init=-0.5)
+    for shape in ((6, 1), (3,), (6, 4)):
+        with pytest.raises(ValueError, match="in_features=3"):
+            BatchEnsembleLinear(3, 4, **fast)(torch.randn(shape))
+    for batch in (2, 256):
+        with pytest.raises(ValueError, match="in_channels=3"):
+            BatchEnsembleConv2d(3, 64, 3, padding=1, **fast)(torch.randn(batch, 1, 32, 32))
+
+
+def test_resetting_a_layer_draws_its_fast_weights_by_their_inits():
+    layer = BatchEnsembleLinear(300, 4, ensemble_size=2, alpha_init=0.5, gamma_init=1.0)
+    before = layer.weight.detach().clone()
+    layer.reset_parameters()
+    assert not torch.equal(layer.weight, before)
+    assert set(layer.alpha.unique().tolist()) == {-1.0, 1.0} and bool((layer.gamma == 1).all())
+    assert bool((layer.bias == 0).all())

@@ -126,7 +126,7 @@ def test_a_damaged_result_is_kept_beside_the_new_one_and_read_no_more(tmp_path):
     half = path.read_bytes()
     written(tmp_path, count=2)
     assert damage(path) is None
-    assert path.with_name(path.name + ".damaged").read_bytes() == half
+    assert path.with_name(path.name + ".damaged1").read_bytes() == half
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert len(read_results(tmp_path, "e")) == 2

@@ -1,7 +1,7 @@
 """Image data sets: fetched once, kept as one file of uint8 tensors, loaded whole onto the training device.
 
     python -m batchens.data.images cifar10                       # on a machine with network: download and decode
-    python -m batchens.data.images cifar10 --folder /scratch/me/data
+    python -m batchens.data.images cifar10 --data /scratch/me/data
 
 What `prepare` writes, `<folder>/<dataset>.pt`, comes from the first of: scikit-learn (digits); a folder of images
 `<folder>/<dataset>/{train,test}/<class>/*` (cifar20 also takes that of cifar100); torchvision, which downloads unless
@@ -10,6 +10,7 @@ another order or, recompressed, not quite the same pixels.
 """
 
 import socket
+import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -26,7 +27,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from batchens.data.catalog import CIFAR20_SUPERCLASSES, DATASETS, DataError, Dataset, DatasetName
-from batchens.files import data_folder, replacing
+from batchens.files import check_writable, data_folder, replacing
 
 DOWNLOAD_TIMEOUT = 30  # seconds of silence: a compute node's firewall often drops packets rather than refuse them
 
@@ -99,7 +100,7 @@ def prepare(dataset: str, folder: Path) -> Path:
     path = folder / f"{dataset}.pt"
     if path.exists():  # before the lock, so that a finished folder may be shared read-only
         return path
-    folder.mkdir(parents=True, exist_ok=True)
+    check_writable(folder)
     with FileLock(folder / f"{dataset}.lock"):
         if not path.exists():
             contents = _gather(dataset, folder)
@@ -296,7 +297,7 @@ def _from_torchvision(dataset: str, folder: Path) -> dict[str, Any]:
         raise DataError(
             f"{dataset} must be in {folder} or downloadable, however: there is neither {folder / dataset}.pt nor a "
             f"folder {folder / dataset}, and torchvision's {name} failed with {type(error).__name__}: {reason}; "
-            f"on a machine with network run `python -m batchens.data.images {dataset} --folder {folder}` once "
+            f"on a machine with network run `python -m batchens.data.images {dataset} --data {folder}` once "
             f"(delete what an earlier, broken download left there), or put images into {folder / dataset}/train/CLASS/ "
             f"and {folder / dataset}/test/CLASS/"
         ) from error
@@ -326,28 +327,29 @@ def _socket_timeout(seconds: float) -> Iterator[None]:
         socket.setdefaulttimeout(before)
 
 
-def main(dataset: DatasetName, folder: Path | None = None) -> None:
+def main(dataset: DatasetName, data: Path | None = None) -> int:
     """Fetch and decode one data set, so that no run has to.
 
     Args:
-        dataset: the data set.
-        folder: where it is kept; by default $BATCHENS_DATA, else data/ in the repository.
+        dataset: the data set
+        data: where it is kept; by default $BATCHENS_DATA, else data/ in the repository
     """
-    folder = folder or data_folder()
-    start = time.perf_counter()
-    try:
-        path = prepare(dataset, folder)
-    except DataError as error:
-        raise SystemExit(f"error: {error}") from None
-    seconds = time.perf_counter() - start
-    images = load(dataset, folder)
-    print(
-        f"{path}: {len(images.train):,} train, {len(images.validation):,} validation, {len(images.test):,} test "
-        f"from {images.source}, in {seconds:.1f} s"
-    )
+    from batchens.run import guarded
+
+    def work() -> None:
+        start = time.perf_counter()
+        path = prepare(dataset, data or data_folder())
+        seconds = time.perf_counter() - start
+        images = load(dataset, data or data_folder())
+        print(
+            f"{path}: {len(images.train):,} train, {len(images.validation):,} validation, {len(images.test):,} test "
+            f"from {images.source}, in {seconds:.1f} s"
+        )
+
+    return guarded(work)
 
 
 if __name__ == "__main__":
     import tyro
 
-    tyro.cli(main, config=(tyro.conf.PositionalRequiredArgs,))
+    sys.exit(tyro.cli(main, config=(tyro.conf.PositionalRequiredArgs,), prog="python -m batchens.data.images"))

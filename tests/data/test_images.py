@@ -214,7 +214,7 @@ def test_without_network_the_error_says_what_to_do(tmp_path, no_network, dataset
     with pytest.raises(DataError, match="no route to host") as caught:
         load(dataset, tmp_path)
     assert time.perf_counter() - start < 10
-    assert f"python -m batchens.data.images {dataset} --folder {tmp_path}" in str(caught.value)
+    assert f"python -m batchens.data.images {dataset} --data {tmp_path}" in str(caught.value)
     assert f"{tmp_path / dataset}/train/CLASS/" in str(caught.value)
     assert caught.value.__cause__ is not None
     assert not (tmp_path / f"{dataset}.pt").exists()

@@ -131,8 +131,9 @@ def test_plan_and_dry_run_write_nothing(place):
         (["submit", EXPERIMENT, "--grid", "smoke", "--cluster", "local", "--runs-per-job", "0"], "at least 1"),
         (["submit", EXPERIMENT, "--grid", "smoke", "--cluster", "local", "--results", "/proc/x"], "--results"),
         (["run", EXPERIMENT, "nonsense"], "nonsense"),
-        (["run", EXPERIMENT, "digits-cnn"], "the beginning of one run"),
-        (["run", EXPERIMENT, "9999999"], "a number below"),
+        (["run", EXPERIMENT, "digits-cnn"], "is the beginning of"),
+        (["run", EXPERIMENT, "3"], "say which one: --grid"),
+        (["run", EXPERIMENT, "99", "--grid", "smoke"], "is none of them"),
         (["run", EXPERIMENT, IDS[0], "--again"], "leave --again out"),
         (["sumbit"], "sumbit"),
     ],
@@ -215,7 +216,7 @@ def test_a_result_cut_short_is_repeated_and_kept_aside(place, finished):
     place.jobs("submit", EXPERIMENT, "--grid", "smoke", "--cluster", "local")
     place.wait()
     assert place.states() == {"done": 6} and damage(cut) is None
-    assert cut.with_name(cut.name + ".damaged").exists()
+    assert cut.with_name(cut.name + ".damaged1").exists()
     assert place.metrics() == finished.metrics()
 
 
@@ -253,6 +254,34 @@ def test_a_submitter_killed_while_it_holds_the_lock_does_not_block_the_next(plac
     started = time.monotonic()
     place.jobs("submit", EXPERIMENT, "--grid", "smoke", "--cluster", "local", "--max-parallel", "1")
     assert time.monotonic() - started < 20
+
+
+def test_a_killed_workers_run_is_lost_though_another_worker_lives(place):
+    place.jobs(
+        "submit", EXPERIMENT, "--grid", "smoke", "--cluster", "local", "--max-parallel", "2", "--runs-per-job", "3"
+    )
+    place.wait_for("running")
+    owner = next(state.owner for state in look(place.folders, EXPERIMENT, SMOKE) if state.state == "running")
+    (record,) = submissions(place.folders, EXPERIMENT)
+    os.kill(owner["pid"], signal.SIGKILL)
+    place.wait_for("lost")
+    assert record.dead_runs() in (set(IDS[:3]), set(IDS[3:]))
+
+
+def test_what_another_host_or_another_results_folder_holds_is_no_business_of_this_one(place, finished):
+    (record,) = submissions(finished.folders, EXPERIMENT)
+    folder = place.folders.runs / EXPERIMENT / "submissions" / "20260101T000000-1"
+    folder.mkdir(parents=True)
+    text = json.loads(record.path.read_text())
+    (folder / "record.json").write_text(json.dumps(text))  # it wrote to the other place's results
+    assert place.states() == {"missing": 6}
+    (folder / "record.json").write_text(json.dumps(text | {"results": str(place.folders.results), "host": "elsewhere"}))
+    assert place.states() == {"pending": 6}
+    said = place.jobs("submit", EXPERIMENT, "--grid", "smoke", "--cluster", "local")
+    assert "nothing to submit" in said and f"if dead, delete {folder}" in said
+    assert "cancel it there" in place.jobs("cancel", EXPERIMENT)
+    (folder / "record.json").write_text('{"a": 1}')
+    assert place.states() == {"missing": 6}
 
 
 def test_a_record_cut_short_by_a_crash_is_not_read_as_a_submission(place):

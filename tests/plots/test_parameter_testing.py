@@ -166,8 +166,8 @@ def test_findings_say_when_a_difference_is_within_the_spread(results: Path) -> N
         "BatchEnsemble of 2 (alpha \N{MINUS SIGN}0.5, gamma 0.5, learning rate 0.1, best of 3 by validation)"
         in sentences[0]
     )
-    assert sentences[1].endswith("+5.00 points (2 paired seeds); beyond the spread over seeds.")
-    assert sentences[2].endswith("+1.00 points (2 paired seeds); within the spread over seeds.")
+    assert sentences[1].endswith("+5.00 points (2 paired seeds: too few to tell).")
+    assert sentences[2].endswith("+1.00 points (2 paired seeds: too few to tell).")
 
 
 def test_a_missing_cell_and_a_missing_seed_are_counted_in_the_caption(results: Path) -> None:
