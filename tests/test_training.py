@@ -392,7 +392,7 @@ def test_on_a_cpu_auto_is_float32_and_the_facts_say_so(tiny_images):
     facts = device_facts(torch.device("cpu"), "auto", optimizer, False)
     expected = {"device_name": "cpu, 1 threads", "number_format": "float32", "compiled": False}
     assert facts == expected | {"torch": torch.__version__}
-    assert device_facts(torch.device("cpu"), "bf16", optimizer)["number_format"] == "bfloat16"
+    assert device_facts(torch.device("cpu"), "bf16", optimizer, False)["number_format"] == "bfloat16"
 
 
 def gpu(monkeypatch, capability, kernels):
