@@ -128,7 +128,7 @@ def main(rounds: int = 5) -> None:
     print(
         f"\nwhole epochs over bare steps, batches of 128, {'GPU' if cuda else f'{torch.get_num_threads()} CPU threads'}"
     )
-    for name, build, size, examples in (("cnn", cnn, 1, 1280), ("cnn", cnn, 4, 1280), ("vgg11", vgg11, 1, 512)):
+    for name, build, size, examples in (("cnn", cnn, 1, 10_240), ("cnn", cnn, 4, 3840), ("vgg11", vgg11, 1, 1280)):
         model: nn.Module = build(10)
         if size > 1:
             model = batch_ensemble(model, ensemble_size=size, alpha_init=0.5, gamma_init=0.5)
