@@ -144,9 +144,8 @@ VGG = Config(dataset="cifar10", model="vgg11")
 CNN = Config(dataset="cifar10", model="cnn", epochs=4)
 
 GRIDS = {
-    "smoke": grid(
-        replace(DEMO, epochs=2), method=["single", "batchensemble", "deep_ensemble"], seed=range(2)
-    ),  # to try a new machine or cluster with
+    # to try a new machine or cluster with
+    "smoke": grid(replace(DEMO, epochs=2), method=["single", "batchensemble", "deep_ensemble"], seed=range(2)),
     "demo": unique(
         [
             *alpha_gamma(DEMO, (-0.5, 0.5, 1.0), (-0.5, 0.5, 1.0)),
