@@ -83,7 +83,7 @@ def _damage(path: Path, content: bytes) -> str | None:
     return None
 
 
-def read_results(folder: Path, experiment: str) -> "Any":
+def read_results(folder: Path, experiment: str) -> Any:
     """Read every complete result of an experiment into one pandas.DataFrame; warn of each file that is not one.
 
     The files of one header are joined as text and parsed once: ten thousand small files in seconds, not minutes.

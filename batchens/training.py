@@ -66,7 +66,8 @@ def keep_freed_memory() -> None:
     """Let this process keep the memory of freed tensors for the next ones (Linux with glibc; elsewhere nothing happens).
 
     By default every large tensor is mapped anew and its pages are zeroed by the kernel, in every step. A step of the
-    two-convolution network on one CPU thread, 4 members of 128 images, took 515 ms so, and 279 ms with memory kept.
+    two-convolution network on one CPU thread, 4 members of 128 images, took 613 ms so, and 288 ms with memory kept
+    (`benchmarks/training.py`).
     """
     if sys.platform != "linux":
         return

@@ -18,13 +18,6 @@ from batchens.data.images import DataError, load, normalise, prepare
 from batchens.files import ROOT
 
 
-@pytest.fixture(scope="module")
-def digits_folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("digits")
-    prepare("digits", folder)
-    return folder
-
-
 @pytest.fixture
 def no_network(monkeypatch):
     def refuse(*args, **kwargs):

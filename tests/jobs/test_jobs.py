@@ -69,26 +69,17 @@ class Place:
         return table[["run_id", "epoch", "split", "member", *METRICS]].astype(str).to_numpy().tolist()
 
 
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    from batchens.data.images import prepare
-
-    folder = tmp_path_factory.mktemp("data")
-    prepare("digits", folder)
-    return folder
-
-
 @pytest.fixture
-def place(tmp_path, data):
-    there = Place(tmp_path, data)
+def place(tmp_path, digits_folder):
+    there = Place(tmp_path, digits_folder)
     yield there
     there.jobs("cancel", EXPERIMENT)
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory, data):
+def finished(tmp_path_factory, digits_folder):
     """The smoke grid, submitted and done without disturbance."""
-    there = Place(tmp_path_factory.mktemp("finished"), data)
+    there = Place(tmp_path_factory.mktemp("finished"), digits_folder)
     said = there.jobs("submit", EXPERIMENT, "--grid", "smoke", "--cluster", "local", "--max-parallel", "2")
     assert "submitted 6 runs" in said and "2 at once" in said
     there.wait()
