@@ -63,7 +63,7 @@ def write_text(path: Path, text: str) -> None:
         temporary.write_text(text, encoding="utf-8", newline="")
 
 
-def check_writable(folder: Path) -> None:
+def check_writable(folder: Path, probe_bytes: int = 4096) -> None:
     """Make `folder` and see that a file can be written there: now, not after hours of training.
 
     Raises:
@@ -74,7 +74,8 @@ def check_writable(folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         try:
             with open(probe, "wb") as file:
-                file.write(b"x" * 4096)
+                for _ in range(0, probe_bytes, 2**20):
+                    file.write(b"x" * min(probe_bytes, 2**20))
                 file.flush()
                 os.fsync(file.fileno())  # a quota or a full disk may only speak up here
         finally:

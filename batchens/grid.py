@@ -4,7 +4,7 @@ import hashlib
 import itertools
 import json
 from collections.abc import Iterable
-from dataclasses import asdict, fields, replace
+from dataclasses import fields, replace
 from typing import Any, ClassVar, Protocol, TypeVar
 
 
@@ -45,9 +45,9 @@ def run_id(config: Config) -> str:
     in every process, and any change that could change the numbers changes the name.
     """
     values = {
-        name: _canonical(value, config.__dataclass_fields__[name].type)
-        for name, value in asdict(config).items()
-        if name not in config.INCIDENTAL
+        field.name: _canonical(getattr(config, field.name), field.type)
+        for field in fields(config)
+        if field.name not in config.INCIDENTAL
     }
     digest = hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:8]
     return "-".join([*(_word(name, values[name]) for name in config.NAMED if values[name] is not None), digest])

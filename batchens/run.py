@@ -8,6 +8,7 @@
 | checkpoint.pt   | after each epoch                    | everything to go on from                                    |
 | progress.json   | after each epoch                    | epoch k of K, last validation accuracy, seconds             |
 | failure.txt     | when the run fails                  | the reason in one line, then the traceback                  |
+| cancelled       | by `jobs cancel`                    | no job is to take it up; gone when it is submitted again    |
 
 The result, `results/<experiment>/<run_id>.csv`, is what makes a run done; the checkpoint and the claim are then removed.
 """
@@ -57,15 +58,17 @@ class InUse(RuntimeError):
 class Run:
     """A run of an experiment in these folders."""
 
-    def __init__(self, experiment: str, config: Config, folders: Folders):
+    def __init__(self, experiment: str, config: Config, folders: Folders, known_id: str | None = None):
+        """`known_id` is the run's id, for who has it already: making it is the slow part of listing many runs."""
         self.experiment, self.config, self.folders = experiment, config, folders
-        self.id = run_id(config)
+        self.id = known_id or run_id(config)
         self.folder = folders.runs / experiment / self.id
         self.result = results.result_path(folders.results, experiment, self.id)
         self.checkpoint = self.folder / "checkpoint.pt"
         self.claim = self.folder / "claim.json"
         self.progress = self.folder / "progress.json"
         self.failure = self.folder / "failure.txt"
+        self.cancelled = self.folder / "cancelled"
 
     def done(self) -> bool:
         return self.result.exists() and results.damage(self.result) is None

@@ -3,7 +3,11 @@
     python -m jobs plan   parameter_testing --grid demo
     python -m jobs submit parameter_testing --grid demo --cluster local
     python -m jobs status parameter_testing --watch
+    python -m jobs logs   parameter_testing digits-cnn-single-m1-lr0.1-e8-s0 --follow
+    python -m jobs retry  parameter_testing --state timeout,memory --hours 8 --mem-gb 32
+    python -m jobs cancel parameter_testing
     python -m jobs run    parameter_testing digits-cnn-single-m1-lr0.1-e8-s0
+    python -m jobs doctor --cluster dtu-a100
 
 A run is submitted unless it has a result or is alive: submitting again repeats nothing and starts what is missing.
 No command but `run` imports torch.
@@ -11,22 +15,26 @@ No command but `run` imports torch.
 
 import csv
 import functools
+import json
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, replace
-from datetime import UTC, datetime
-from typing import Annotated
+from datetime import UTC, datetime, timedelta
+from typing import Annotated, Any
 
 import tyro
 from tqdm import tqdm
 
 from batchens.results import differences
 from batchens.run import Folders, Run, guarded
-from jobs import clusters, experiments
-from jobs.states import ALIVE, STATES, RunState, counts, look, submissions
+from jobs import clusters, experiments, schedulers, states
+from jobs.clusters import Cluster
+from jobs.logs import show as show_log
+from jobs.schedulers import Job, Unreachable
+from jobs.states import ALIVE, RETRIED, STATES, RunState, counts, look
 from jobs.submission import cancel as cancel_runs
-from jobs.submission import elements_of, todo_of
+from jobs.submission import chunks_of, elements_of, todo_of
 from jobs.submission import submit as submit_runs
 
 Experiment = Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="EXPERIMENT", help="name of a script")]
@@ -38,23 +46,30 @@ RunName = Annotated[
 Grid = Annotated[str | None, tyro.conf.arg(metavar="NAME", help="one of the script's grids; all of them when left out")]
 FOLDERS = Folders()
 Count = Annotated[int | None, tyro.conf.arg(metavar="N")]
+Hours = Annotated[float | None, tyro.conf.arg(metavar="H", help="time limit of a job, instead of the preset's")]
+Memory = Annotated[float | None, tyro.conf.arg(metavar="GB", help="memory of a job, instead of the preset's")]
+
+MANY = 20  # runs that `cancel` stops without asking
+SHOWN = 40  # lines of the table of `status`; --json has all
 
 
 def plan(experiment: Experiment, /, grid: Grid = None, folders: Folders = FOLDERS) -> None:
     """Show every run of a grid with its number and state; write nothing."""
-    states = look(folders, experiment, experiments.runs_of(experiment, grid))
-    for number, state in enumerate(states):
+    found = _look(folders, experiment, grid)
+    for number, state in enumerate(found):
         print(f"{number:5} {state.state:9} {state.run.id}")
-    print(_summary(experiment, grid, states))
+    print(_summary(experiment, grid, found))
 
 
 def submit(
     experiment: Experiment,
     /,
-    cluster: Annotated[str, tyro.conf.arg(metavar="NAME", help="a preset of jobs/clusters.toml")],
+    cluster: Annotated[str, tyro.conf.arg(metavar="NAME", help="a preset of jobs/clusters.toml, or of your own")],
     grid: Annotated[str | None, tyro.conf.arg(metavar="NAME", help="one of the script's grids")] = None,
     max_parallel: Count = None,
     runs_per_job: int = 1,
+    hours: Hours = None,
+    mem_gb: Memory = None,
     dry_run: bool = False,
     folders: Folders = FOLDERS,
 ) -> None:
@@ -65,64 +80,152 @@ def submit(
         runs_per_job: runs that one array element does, one after another in one process
         dry_run: show what would be submitted and write nothing
     """
-    configs, preset = experiments.runs_of(experiment, grid), clusters.load(cluster)
-    for name, value in (("--runs-per-job", runs_per_job), ("--max-parallel", max_parallel)):
-        if value is not None and value < 1:
-            raise ValueError(f"{name} must be at least 1, however: {value}")
     grids = experiments.script(experiment).GRIDS
     if grid is None and len(grids) > 1:
         raise ValueError(f"{experiment} has several grids, so say which one to submit: --grid {' | '.join(grids)}")
+    preset = clusters.load(cluster, hours=hours, mem_gb=mem_gb)
+    _hand_over(experiment, grid, preset, max_parallel, runs_per_job, dry_run, folders, None)
+
+
+def retry(
+    experiment: Experiment,
+    /,
+    grid: Grid = None,
+    state: Annotated[str, tyro.conf.arg(metavar="STATE,...")] = ",".join(RETRIED),
+    cluster: Annotated[str | None, tyro.conf.arg(metavar="NAME")] = None,
+    max_parallel: Count = None,
+    runs_per_job: int = 1,
+    hours: Hours = None,
+    mem_gb: Memory = None,
+    dry_run: bool = False,
+    folders: Folders = FOLDERS,
+) -> None:
+    """Submit again what did not end well, to go on from its last checkpoint; with more time or memory where asked.
+
+    Args:
+        state: what to submit again, of failed, timeout, memory, cancelled, lost and damaged
+        cluster: where to; by default where it was last
+        max_parallel: runs at once
+        runs_per_job: runs that one array element does, one after another in one process
+        dry_run: show what would be submitted and write nothing
+    """
+    chosen = [name.strip() for name in state.split(",")]
+    allowed = [*RETRIED, "cancelled"]
+    if unknown := [name for name in chosen if name not in allowed]:
+        raise ValueError(f"--state must name some of {', '.join(allowed)}; however: {', '.join(unknown)}")
+    found = [one for one in _look(folders, experiment, grid) if one.state in chosen]
+    before = sorted({one.submission.cluster for one in found if one.submission})
+    if cluster is None and len(before) > 1:
+        raise ValueError(f"these runs were on {' and '.join(before)}, so say where they go now: --cluster NAME")
+    if cluster is None and not before and found:
+        raise ValueError("these runs were never submitted, so say where they go now: --cluster NAME")
+    preset = clusters.load(cluster or (before[0] if before else "local"), hours=hours, mem_gb=mem_gb)
+    _hand_over(experiment, grid, preset, max_parallel, runs_per_job, dry_run, folders, chosen)
+
+
+def _hand_over(
+    experiment: str,
+    grid: str | None,
+    cluster: Cluster,
+    max_parallel: int | None,
+    runs_per_job: int,
+    dry_run: bool,
+    folders: Folders,
+    only: list[str] | None,
+) -> None:
+    for name, value in (("--runs-per-job", runs_per_job), ("--max-parallel", max_parallel)):
+        if value is not None and value < 1:
+            raise ValueError(f"{name} must be at least 1, however: {value}")
+    configs = experiments.runs_of(experiment, grid)
     if dry_run:
-        states = look(folders, experiment, configs)
-        todo = todo_of(states)
-        print(_summary(experiment, grid, states))
-        elements = elements_of(todo, runs_per_job)
-        workers = clusters.local_workers(max_parallel, len(elements))
-        print(
-            f"would submit {len(todo)} runs in {len(elements)} elements to {cluster}: {workers} processes of submitit's "
-            f"LocalExecutor, each doing one element after another; folders: {folders.runs}, {folders.results}"
-        )
-        for run_id in todo[:10]:
-            print(f"  python -m jobs run {experiment} {run_id}")
-        if len(todo) > 10:
-            print(f"  and {len(todo) - 10} more: python -m jobs plan {experiment}{_options(grid, folders)}")
+        found = look(folders, experiment, configs)
+        print(_summary(experiment, grid, found))
+        _show_plan(experiment, grid, cluster, max_parallel, runs_per_job, folders, todo_of(found, only))
         return
-    record = submit_runs(experiment, configs, preset, folders, max_parallel, runs_per_job)
+    record = submit_runs(experiment, configs, cluster, folders, max_parallel, runs_per_job, only)
     if record is None:
-        states = look(folders, experiment, configs)
-        print(f"nothing to submit: {_summary(experiment, grid, states)}")
-        _mention_foreign(experiment, folders, states)
+        found = look(folders, experiment, configs)
+        print(f"nothing to submit: {_summary(experiment, grid, found)}")
+        _mention_foreign(found)
         return
+    where = f"{len(record.jobs)} at once" if cluster.scheduler == "local" else f"jobs {_ranges(record.jobs)}"
     print(
-        f"submitted {len(record.run_ids())} runs of {experiment} to {cluster}, {len(record.jobs)} at once; "
-        f"logs: {record.path.parent / 'logs'}\nwatch them: python -m jobs status {experiment}{_options(grid, folders)} --watch"
+        f"submitted {len(record.run_ids())} runs of {experiment} to {cluster.name}, {where}; logs: {record.folder / 'logs'}\n"
+        f"watch them: python -m jobs status {experiment}{_options(grid, folders)} --watch"
     )
 
 
-def status(experiment: Experiment, /, grid: Grid = None, watch: bool = False, folders: Folders = FOLDERS) -> None:
+def _show_plan(
+    experiment: str,
+    grid: str | None,
+    cluster: Cluster,
+    max_parallel: int | None,
+    runs_per_job: int,
+    folders: Folders,
+    todo: list[str],
+) -> None:
+    elements = elements_of(todo, runs_per_job)
+    print(f"would submit {len(todo)} runs in {len(elements)} elements to {cluster.name}: ", end="")
+    if cluster.scheduler == "local":
+        workers = clusters.local_workers(max_parallel, len(elements))
+        print(f"{workers} processes of submitit's LocalExecutor, each doing one element after another")
+    else:
+        print(f"{cluster.gpus} GPUs, {cluster.cpus} cores, {cluster.mem_gb or '?'} GB and {cluster.hours:g} hours each")
+    print(f"folders: {folders.data}, {folders.runs}, {folders.results}")
+    for run_id in todo[:10]:
+        print(f"  python -m jobs run {experiment} {run_id}")
+    if len(todo) > 10:
+        print(f"  and {len(todo) - 10} more: python -m jobs plan {experiment}{_options(grid, folders)}")
+    if cluster.scheduler == "local" or not elements:
+        return
+    scheduler = schedulers.ALL[cluster.scheduler]
+    if not scheduler.there():
+        print(f"the script is shown where {scheduler.submit_command} is on PATH")
+        return
+    logs = folders.runs / experiment / "submissions" / "NAME" / "logs"
+    chunks = chunks_of(elements, scheduler.array_limit(), max_parallel)
+    for number, (chunk, parallel) in enumerate(chunks):
+        if number in (0, len(chunks) - 1):
+            print(f"\narray {number + 1} of {len(chunks)}:")
+            print(scheduler.script(logs, cluster, f"{experiment[:20]}-NAME-{number}", len(chunk), parallel))
+
+
+def status(
+    experiment: Experiment,
+    /,
+    grid: Grid = None,
+    watch: bool = False,
+    json: Annotated[bool, tyro.conf.arg(name="json")] = False,
+    folders: Folders = FOLDERS,
+) -> None:
     """Show how many runs are in each state, and those at work or in trouble.
 
     Args:
         watch: stay until nothing is alive; exit with 1 if a run is then not done
+        json: print everything that is known of every run, for other programs
     """
-    configs = experiments.runs_of(experiment, grid)
-    states = look(folders, experiment, configs)
-    if watch and (any(state.state in ALIVE for state in states)):
-        states = _watch(lambda: look(folders, experiment, configs))
-    print(_summary(experiment, grid, states))
-    shown = [state for state in states if state.state not in ("done", "pending", "missing")]
-    if shown:
-        print(f"{'state':9} {'epoch':>7} {'accuracy':>8} {'elapsed':>8} {'left':>8}  run")
-    for state in shown:
-        print(_line(state))
-    if any(state.state == "failed" for state in states):
-        print(f"the whole of an error: {folders.runs / experiment}/RUN/failure.txt")
-    if any(state.state in ("failed", "cancelled", "lost", "damaged") for state in states):
-        again = f"python -m jobs submit {experiment}{_options(grid, folders)} --cluster NAME"
-        print(f"what did not end well starts again, from its last checkpoint, with: {again}")
-    _mention_foreign(experiment, folders, states)
-    if watch and any(state.state != "done" for state in states):
+    found = _look(folders, experiment, grid)
+    if watch and any(state.state in ALIVE for state in found):
+        found = _watch(folders, experiment, grid)
+    if json:
+        _print_json(experiment, grid, found)
+    else:
+        _print_table(experiment, grid, found, folders)
+    if watch and any(state.state != "done" for state in found):
         raise SystemExit(1)
+
+
+def logs(
+    experiment: Experiment, name: RunName, /, grid: Grid = None, follow: bool = False, folders: Folders = FOLDERS
+) -> None:
+    """Show what a run has printed, and the error that it ended with.
+
+    Args:
+        follow: go on until the run is no longer alive
+    """
+    run_id, config = experiments.find(experiment, name, grid)
+    patient = _Patient()
+    show_log(lambda: look(folders, experiment, {run_id: config}, patient)[0], follow)
 
 
 def run(
@@ -149,37 +252,163 @@ def run(
     print("  " + ", ".join(f"{metric} {value:.3g}" for metric, value in largest.items()))
 
 
-def cancel(experiment: Experiment, /, grid: Grid = None, folders: Folders = FOLDERS) -> None:
-    """Stop the live submissions of an experiment; what was trained so far is kept and gone on with by submitting again."""
-    stopped = cancel_runs(experiment, experiments.runs_of(experiment, grid), folders)
-    print(f"stopped {len(stopped)} runs" if stopped else f"no submission of {experiment} is alive")
+def cancel(
+    experiment: Experiment,
+    names: Annotated[
+        tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="RUN ...", help="all when left out")
+    ] = (),
+    /,
+    grid: Grid = None,
+    yes: bool = False,
+    folders: Folders = FOLDERS,
+) -> None:
+    """Stop runs that are alive. What was trained so far is kept and gone on with by submitting again.
+
+    Args:
+        yes: do not ask first
+    """
+    configs = dict(experiments.find(experiment, name, grid) for name in names) or experiments.runs_of(experiment, grid)
+    alive = [state for state in look(folders, experiment, configs) if state.state in ALIVE]
+    if len(alive) > MANY and not yes:
+        if not sys.stdin.isatty():
+            raise ValueError(
+                f"--yes must be given to stop more than {MANY} runs unasked, however {len(alive)} are alive"
+            )
+        if input(f"stop {len(alive)} runs of {experiment}? [y/N] ").strip().lower() not in ("y", "yes"):
+            print("nothing was stopped")
+            return
+    stopped, left_alone = cancel_runs(experiment, alive, folders)
+    if any(state.submission and state.submission.scheduler == "local" for state in alive):
+        _wait_for_end(folders, experiment, {run_id: configs[run_id] for run_id in stopped})
+    print(f"stopped {len(stopped)} runs" if stopped else f"no job of {experiment} is alive")
+    for why in sorted(left_alone):
+        print(f"left alone: {why}")
 
 
-def _watch(states_now: Callable[[], list[RunState]]) -> list[RunState]:
-    states = states_now()
+def _wait_for_end(folders: Folders, experiment: str, configs: dict[str, Any]) -> None:
+    deadline = time.monotonic() + 30
+    while alive := [one for one in look(folders, experiment, configs) if one.state in ALIVE]:
+        if time.monotonic() > deadline:
+            pids = sorted({str(one.owner["pid"]) for one in alive if one.owner})
+            raise RuntimeError(f"the processes {', '.join(pids)} were told to stop and have not within 30 s; kill them")
+        time.sleep(0.1)
+
+
+def doctor(
+    cluster: Annotated[str, tyro.conf.arg(metavar="NAME", help="a preset of jobs/clusters.toml, or of your own")],
+    probe: bool = False,
+    yes: bool = False,
+    folders: Folders = FOLDERS,
+) -> None:
+    """Ask a site what it allows and whether a preset fits; with --probe, also how signals and requeueing behave there.
+
+    Args:
+        probe: submit an array of two short jobs that find out
+        yes: do not ask before that
+    """
+    from jobs.doctor import examine
+
+    examine(clusters.load(cluster), folders, probe=probe, consent=yes)
+
+
+class _Patient:
+    """Asks a scheduler at most every 30 s, however often the files are looked at."""
+
+    seconds = 30.0
+
+    def __init__(self) -> None:
+        self._answers: dict[str, tuple[float, dict[str, Job]]] = {}
+
+    def __call__(self, scheduler: str, jobs: Mapping[str, float]) -> dict[str, Job]:
+        when, answers = self._answers.get(scheduler, (0.0, {}))
+        if time.monotonic() - when > self.seconds or not jobs.keys() <= answers.keys():
+            answers = states.ask(scheduler, jobs)
+            self._answers[scheduler] = (time.monotonic(), answers)
+        return {job: answers[job] for job in jobs}
+
+
+def _look(folders: Folders, experiment: str, grid: str | None, ask: states.Ask = states.ask) -> list[RunState]:
+    """Look at the runs of a grid; where the scheduler does not answer, say so and take its jobs for alive."""
+    configs = experiments.runs_of(experiment, grid)
     try:
-        with tqdm(total=len(states), unit="run", disable=None) as bar:
-            while any(state.state in ALIVE for state in states):
-                found = counts(states)
-                bar.n = found.get("done", 0)
-                bar.set_postfix({name: n for name, n in found.items() if name != "done"})
-                time.sleep(0.5 if bar.disable is False and len(states) < 1000 else 5)
-                states = states_now()
-            bar.n = counts(states).get("done", 0)
+        return look(folders, experiment, configs, ask)
+    except Unreachable as error:
+        print(f"the scheduler can't be asked, so its jobs are taken for alive: {error}", file=sys.stderr)
+        return look(folders, experiment, configs, lambda name, jobs: dict.fromkeys(jobs, Job("running")))
+
+
+def _watch(folders: Folders, experiment: str, grid: str | None) -> list[RunState]:
+    patient = _Patient()
+    found = _look(folders, experiment, grid, patient)
+    try:
+        with tqdm(total=len(found), unit="run", disable=None) as bar:
+            while any(state.state in ALIVE for state in found):
+                by_state = counts(found)
+                bar.n = by_state.get("done", 0)
+                bar.set_postfix({name: n for name, n in by_state.items() if name != "done"})
+                local = all(one.submission is None or one.submission.scheduler == "local" for one in found)
+                time.sleep(0.5 if local and bar.disable is False and len(found) < 1000 else 5)
+                found = _look(folders, experiment, grid, patient)
+            bar.n = counts(found).get("done", 0)
             bar.refresh()
     except KeyboardInterrupt:
         print("\nstopped watching; the runs go on (python -m jobs cancel EXPERIMENT stops them)", file=sys.stderr)
         raise SystemExit(130) from None
-    return states
+    return found
 
 
-def _mention_foreign(experiment: str, folders: Folders, states: list[RunState]) -> None:
-    open_runs = {state.run.id for state in states if state.state in ALIVE}
-    for submission in submissions(folders, experiment):
-        if submission.foreign() and open_runs & submission.run_ids():
-            print(
-                f"submitted on {submission.host}, which can't be asked from here: if dead, delete {submission.path.parent}"
-            )
+def _print_table(experiment: str, grid: str | None, found: list[RunState], folders: Folders) -> None:
+    print(_summary(experiment, grid, found))
+    order = list(STATES)
+    shown = [state for state in found if state.state not in ("done", "pending", "missing")]
+    shown.sort(key=lambda state: order.index(state.state))
+    if shown:
+        jobs = max(3, *(len(state.job_id) for state in shown))
+        nodes = max(4, *(len(state.node) for state in shown))
+        print(
+            f"{'state':9} {'job':{jobs}} {'node':{nodes}} {'epoch':>7} {'accuracy':>8} {'elapsed':>8} {'end':>12}  run"
+        )
+        for state in shown[:SHOWN]:
+            print(_line(state, jobs, nodes))
+    if len(shown) > SHOWN:
+        print(f"and {len(shown) - SHOWN} more: --json has them all")
+    if any(state.state == "failed" for state in found):
+        print(f"the whole of an error: python -m jobs logs {experiment} RUN{_options(None, folders)}")
+    if any(state.state in RETRIED for state in found):
+        again = f"python -m jobs retry {experiment}{_options(grid, folders)}"
+        print(f"what did not end well starts again, from its last checkpoint, with: {again}")
+    _mention_foreign(found)
+
+
+def _print_json(experiment: str, grid: str | None, found: list[RunState]) -> None:
+    runs = []
+    for state in found:
+        progress, running = state.progress, state.state == "running"
+        runs.append(
+            {
+                "run": state.run.id,
+                "state": state.state,
+                "reason": state.reason,
+                "cluster": state.submission.cluster if state.submission else "",
+                "job": state.job_id,
+                "node": state.node,
+                "epoch": progress.get("epoch"),
+                "epochs": progress.get("epochs"),
+                "accuracy": progress.get("accuracy"),
+                "elapsed_s": round(_elapsed(state)) if running else None,
+                "left_s": round(_left(state)) if running and progress else None,
+            }
+        )
+    print(json.dumps({"experiment": experiment, "grid": grid, "counts": counts(found), "runs": runs}, indent=1))
+
+
+def _mention_foreign(found: list[RunState]) -> None:
+    """Say which submissions keep runs pending or running on hosts that can't be asked from here."""
+    for record in {
+        one.submission.path: one.submission for one in found if one.submission and one.state in ALIVE
+    }.values():
+        if record.foreign():
+            print(f"submitted on {record.host}, which can't be asked from here: if dead, delete {record.folder}")
 
 
 def _summary(experiment: str, grid: str | None, states: list[RunState]) -> str:
@@ -188,22 +417,45 @@ def _summary(experiment: str, grid: str | None, states: list[RunState]) -> str:
     return f"{experiment}{f', grid {grid}' if grid else ''}: {len(states)} runs: {listed}"
 
 
-def _line(state: RunState) -> str:
+def _elapsed(state: RunState) -> float:
+    return time.time() - float(state.owner.get("since", time.time()))
+
+
+def _left(state: RunState) -> float:
+    """Return the seconds to the end of a run, if its epochs go on as the last one did."""
+    progress = state.progress
+    since_epoch = time.time() - float(progress["updated"])
+    return max(0.0, float((progress["epochs"] - progress["epoch"]) * progress["seconds"]) - since_epoch)
+
+
+def _line(state: RunState, jobs: int, nodes: int) -> str:
     progress = state.progress
     epoch = f"{progress['epoch']}/{progress['epochs']}" if progress else ""
     accuracy = f"{progress['accuracy']:.4f}" if progress else ""
-    elapsed = left = ""
+    elapsed = end = ""
     if state.state == "running":
-        elapsed = _duration(time.time() - state.owner.get("since", time.time()))
-        left = _duration((progress["epochs"] - progress["epoch"]) * progress["seconds"]) if progress else ""
-    reason = f"  ({state.reason})" if state.reason else f"  ({STATES['lost']})" if state.state == "lost" else ""
-    return f"{state.state:9} {epoch:>7} {accuracy:>8} {elapsed:>8} {left:>8}  {state.run.id}{reason}"
+        elapsed = _duration(_elapsed(state))
+        end = f"{datetime.now() + timedelta(seconds=_left(state)):%b %d %H:%M}" if progress else ""
+    reason = f"  ({state.reason})" if state.reason else ""
+    return (
+        f"{state.state:9} {state.job_id:{jobs}} {state.node:{nodes}} {epoch:>7} {accuracy:>8} {elapsed:>8} {end:>12}  "
+        f"{state.run.id}{reason}"
+    )
 
 
 def _duration(seconds: float) -> str:
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
+
+
+def _ranges(jobs: Iterable[str]) -> str:
+    """Return jobs in short: `12_0-99, 13_0-99`."""
+    arrays: dict[str, list[str]] = {}
+    for job in jobs:
+        parent, _, index = job.partition("_")
+        arrays.setdefault(parent, []).append(index)
+    return ", ".join(f"{one}_{i[0]}-{i[-1]}" if len(i) > 1 else one for one, i in arrays.items())
 
 
 def _options(grid: str | None, folders: Folders) -> str:
@@ -217,8 +469,11 @@ def main() -> int:
         "plan": plan,
         "submit": submit,
         "status": status,
+        "logs": logs,
         "run": run,
+        "retry": retry,
         "cancel": cancel,
+        "doctor": doctor,
     }
     chosen = tyro.extras.subcommand_cli_from_dict(
         {name: _later(command) for name, command in commands.items()},

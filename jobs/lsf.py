@@ -33,6 +33,7 @@ import subprocess
 import sys
 import time
 import uuid
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -153,7 +154,7 @@ def _several(value: Any) -> list[Any]:
     return [] if value is None else list(value) if isinstance(value, list | tuple) else [value]
 
 
-def _batches(items: Sequence[T], size: int) -> Iterator[Sequence[T]]:
+def batches(items: Sequence[T], size: int) -> Iterator[Sequence[T]]:
     for first in range(0, len(items), size):
         yield items[first : first + size]
 
@@ -173,7 +174,7 @@ class Ran(NamedTuple):
         return "\n".join(filter(None, (self.err.strip(), self.out.strip())))
 
 
-def _run(command: Sequence[str], text: str = "", timeout: float = 120) -> Ran:
+def run(command: Sequence[str], text: str = "", timeout: float = 120) -> Ran:
     # BSUB_QUIET would keep bsub from printing the job's id
     environment = {name: value for name, value in os.environ.items() if name != "BSUB_QUIET"}
     try:
@@ -189,13 +190,13 @@ def _run(command: Sequence[str], text: str = "", timeout: float = 120) -> Ran:
 
 
 # Suspended jobs live. UNKWN, a host that can't be reached, mostly comes back. ZOMBI was killed on such a host [IBM].
-_STATES = {
+STATES = {
     **dict.fromkeys(("PEND", "PROV", "PSUSP", "WAIT"), "PENDING"),
     **dict.fromkeys(("RUN", "SSUSP", "USUSP", "UNKWN"), "RUNNING"),
     **dict.fromkeys(("DONE", "PDONE"), "COMPLETED"),
     **dict.fromkeys(("EXIT", "ZOMBI"), "FAILED"),
 }
-_ENDED = ("COMPLETED", "FAILED")
+ENDED = ("COMPLETED", "FAILED")
 _IBM = ("-noheader", "-o", "jobid jobindex stat exit_code exec_host exit_reason delimiter='^'")
 _LEAN = ("-json", "-o", "jobid stat job_name")  # names may hold blanks
 _OLDEST = ("-w",)  # the default columns
@@ -322,7 +323,7 @@ class LsfInfoWatcher(core.InfoWatcher):
     def query(self, *selection: str) -> Answer:
         """Ask bjobs for jobs, by ids or options; -a, since without it IBM leaves out the finished ones."""
         while True:
-            ran = _run(["bjobs", "-a", *self._forms[0], *selection], timeout=self.query_timeout_s)
+            ran = run(["bjobs", "-a", *self._forms[0], *selection], timeout=self.query_timeout_s)
             if ran.code and len(self._forms) > 1 and _REFUSED_FORM.search(ran.err):
                 self._forms.pop(0)
                 continue
@@ -333,12 +334,15 @@ class LsfInfoWatcher(core.InfoWatcher):
 
     def history(self, job_ids: Sequence[str]) -> dict[str, Info]:
         """Ask bhist, then bacct, how jobs ended. Slow: for jobs that bjobs has forgotten."""
-        found: dict[str, Info] = {}
+        wanted, found = set(job_ids), dict[str, Info]()
         for command in (["bhist", "-n", "0", "-l"], ["bacct", "-l"]):  # -n 0: all event files
             open_ = [job_id for job_id in job_ids if found.get(job_id, {}).get("Stat", "RUN") == "RUN"]
-            for batch in _batches(open_, 50):
-                known = read_history(_run([*command, *map(lsf_id, batch)], timeout=2 * self.query_timeout_s).out)
-                found.update((job_id, known[job_id]) for job_id in batch if job_id in known)
+            of_parent = Counter(job_id.partition("_")[0] for job_id in open_)
+            # many elements of one array are asked for by one name
+            names = [job_id if of_parent[parent := job_id.partition("_")[0]] < 20 else parent for job_id in open_]
+            for batch in batches(list(dict.fromkeys(names)), 50):
+                known = read_history(run([*command, *map(lsf_id, batch)], timeout=2 * self.query_timeout_s).out)
+                found.update((job_id, info) for job_id, info in known.items() if job_id in wanted)
         return found
 
     def update(self) -> None:
@@ -348,7 +352,7 @@ class LsfInfoWatcher(core.InfoWatcher):
             return
         self._num_calls += 1
         missing = []
-        for batch in _batches(sorted({job_id.partition("_")[0] for job_id in jobs}), 200):
+        for batch in batches(sorted({job_id.partition("_")[0] for job_id in jobs}), 200):
             answer = self.query(*batch)
             if not answer.heard:
                 log.warning("bjobs: %s", answer.problem)
@@ -362,8 +366,8 @@ class LsfInfoWatcher(core.InfoWatcher):
     def _seen(self, job_id: str, info: Info) -> None:
         self._gaps.pop(job_id, None)
         before = self._info_dict.get(job_id, {}).get("State", "UNKNOWN")
-        state = _STATES.get(info["Stat"], before)
-        if state in _ENDED:
+        state = STATES.get(info["Stat"], before)
+        if state in ENDED:
             now = time.time()
             if now - self._ended.setdefault(job_id, now) < self.settle_s:
                 state = "COMPLETING"
@@ -386,14 +390,14 @@ class LsfInfoWatcher(core.InfoWatcher):
         for job_id in overdue:
             gap = self._gaps[job_id]
             last = self._info_dict.get(job_id, {})
-            info = past.get(job_id) or (last if _STATES.get(last.get("Stat", "")) in _ENDED else None)
+            info = past.get(job_id) or (last if STATES.get(last.get("Stat", "")) in ENDED else None)
             if info and info["Stat"] == "RUN" and gap.revivals < self.max_revivals:
                 self._gaps[job_id] = _Gap(now, revivals=gap.revivals + 1)
                 continue
             if info is None or info["Stat"] == "RUN":
                 why = "neither bjobs, bhist nor bacct knows how it ended"
                 info = {"JobID": job_id, "Stat": "", "ExitCode": "", "NodeList": "", "ExitReason": why}
-            self._info_dict[job_id] = {**info, "State": _STATES.get(info["Stat"], "LOST")}
+            self._info_dict[job_id] = {**info, "State": STATES.get(info["Stat"], "LOST")}
             self._finished.add(job_id)
 
 
@@ -466,10 +470,10 @@ def cancel(job_ids: Iterable[str], check: bool = True) -> None:
         if 0 in indices:
             targets.append(parent)
         else:
-            targets += [f"{parent}[{','.join(some)}]" for some in _batches(list(_ranges(sorted(indices))), 50)]
+            targets += [f"{parent}[{','.join(some)}]" for some in batches(list(_ranges(sorted(indices))), 50)]
     harmless = re.compile(r"already finished|no matching job|is not found|operation is in progress", re.IGNORECASE)
-    for batch in _batches(targets, 200):
-        ran = _run(["bkill", *batch])
+    for batch in batches(targets, 200):
+        ran = run(["bkill", *batch])
         problems = [line for line in ran.err.splitlines() if line.strip() and not harmless.search(line)]
         if check and ran.code != 0 and (problems or not ran.err.strip()):
             raise RuntimeError(f"bkill failed for {' '.join(batch)}:\n{ran.text or f'exit code {ran.code}'}")
@@ -667,7 +671,7 @@ class LsfExecutor(core.PicklingExecutor):
 
     def _internal_process_submissions(self, delayed_submissions: list[utils.DelayedSubmission]) -> list[core.Job[Any]]:
         asked = LsfParameters(**self.parameters)
-        chunks = list(_batches(delayed_submissions, asked.array_limit))
+        chunks = list(batches(delayed_submissions, asked.array_limit))
         parallel = asked.array_parallelism
         if parallel and parallel < len(chunks):
             raise ValueError(
@@ -735,7 +739,7 @@ class LsfExecutor(core.PicklingExecutor):
         """
         text, problem = script.read_text(), ""
         for wait in (*self.bsub_retry_s, 0.0):
-            ran = _run(self._make_submission_command(script), text, self.bsub_timeout_s)
+            ran = run(self._make_submission_command(script), text, self.bsub_timeout_s)
             if ran.code == 0 and (found := _SUBMITTED.search(ran.out)):
                 return found.group(1)
             problem = ran.text or f"no word about a job, exit code {ran.code}"
@@ -820,7 +824,7 @@ class LsfJobEnvironment(job_environment.JobEnvironment):
         if code := os.environ.get(REQUEUE_CODE):
             sys.exit(int(code))
         signal.signal(signal.SIGINT, signal.SIG_IGN)
-        ran = _run(["brequeue", lsf_id(self.job_id)], timeout=60)
+        ran = run(["brequeue", lsf_id(self.job_id)], timeout=60)
         if ran.code != 0 and "being requeued" not in ran.text:
             raise utils.UncompletedJobError(
                 f"Job not requeued because brequeue failed; lsf_requeue_exit_code does without it:\n{ran.text}"

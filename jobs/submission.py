@@ -6,21 +6,25 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from filelock import SoftFileLock, Timeout
+from submitit.core.utils import FailedJobError, FailedSubmissionError
 
 from batchens.files import check_writable
-from batchens.run import Folders, born
-from jobs import clusters
+from batchens.results import result_path
+from batchens.run import Folders, born, read_json
+from jobs import clusters, schedulers
 from jobs.clusters import Cluster
-from jobs.element import work
+from jobs.element import Element, work
+from jobs.schedulers import Unreachable
 from jobs.states import ALIVE, RunState, Submission, look, submissions
 
+ROOM = 64 * 2**20  # bytes that must fit: a VGG11's checkpoint with an optimizer's state has up to 110 MB, most have few
 LOCK_WAIT = 120  # seconds; a submission holds the lock for as long as the scheduler takes to answer
 
 
@@ -47,9 +51,13 @@ def elements_of(todo: list[str], runs_per_job: int) -> list[list[str]]:
     return [todo[first : first + runs_per_job] for first in range(0, len(todo), runs_per_job)]
 
 
-def todo_of(states: list[RunState]) -> list[str]:
-    """Return the runs to submit: those without a result and without a live process or submission."""
-    return [state.run.id for state in states if state.state not in ("done", "running", "pending")]
+def todo_of(states: list[RunState], only: Collection[str] | None = None) -> list[str]:
+    """Return the runs to submit: those without a result and without a live process or job; with `only`, in these states."""
+    return [
+        state.run.id
+        for state in states
+        if state.state not in ("done", *ALIVE) and (only is None or state.state in only)
+    ]
 
 
 def prepare_data(datasets: set[str], folders: Folders) -> None:
@@ -71,57 +79,158 @@ def submit(
     configs: dict[str, Any],
     cluster: Cluster,
     folders: Folders,
-    max_parallel: int | None,
-    runs_per_job: int,
+    max_parallel: int | None = None,
+    runs_per_job: int = 1,
+    only: Collection[str] | None = None,
 ) -> Submission | None:
     """Submit every run that has no result and is not alive; return the record, or None when there is nothing to do.
 
-    The record is on the disk before the scheduler hears of it, and has the job ids before the lock is given up: whoever
-    submits next sees what is alive.
+    With `only`, runs in these states alone. The record is on the disk before the scheduler hears of it, and has the job
+    ids before the lock is given up: whoever submits next sees what is alive.
     """
-    if not todo_of(look(folders, experiment, configs)):
+    if not todo_of(look(folders, experiment, configs), only):
         return None
+    check(experiment, cluster, folders)
     prepare_data({config.dataset for config in configs.values() if hasattr(config, "dataset")}, folders)
-    check_writable(folders.results / experiment)
     with alone(folders, experiment):
-        todo = todo_of(look(folders, experiment, configs))
+        _mend(folders, experiment)
+        states = look(folders, experiment, configs)
+        todo = todo_of(states, only)
         if not todo:
             return None
-        name = f"{datetime.now(UTC):%Y%m%dT%H%M%S}-{os.getpid()}"
-        folder = folders.runs / experiment / "submissions" / name
-        folder.mkdir(parents=True)
+        for state in states:
+            if state.run.id in set(todo):
+                _release(state)
         elements = elements_of(todo, runs_per_job)
         record = Submission(
-            folder / "record.json",
+            folders.runs
+            / experiment
+            / "submissions"
+            / f"{datetime.now(UTC):%Y%m%dT%H%M%S}-{os.getpid()}"
+            / "record.json",
             experiment,
             cluster.name,
+            cluster.scheduler,
             socket.gethostname(),
+            {"pid": os.getpid(), "born": born(os.getpid())},
             time.time(),
             str(folders.results),
             elements,
         )
+        record.folder.mkdir(parents=True)
         record.write()
-        _start_local(record, cluster, folders, clusters.local_workers(max_parallel, len(elements)))
+        if cluster.scheduler == "local":
+            _start_local(record, cluster, folders, clusters.local_workers(max_parallel, len(elements)))
+        else:
+            _submit_arrays(record, cluster, folders, max_parallel)
         return record
+
+
+def check(experiment: str, cluster: Cluster, folders: Folders) -> None:
+    """See that what jobs will need is there.
+
+    Raises:
+        ValueError: a folder can't be written or is full, the site has no such queue, or its time limit is lower.
+    """
+    check_writable(folders.results / experiment)
+    check_writable(folders.runs / experiment, ROOM)  # a quota is not told by the file system's free space
+    if cluster.scheduler == "local":
+        return
+    for name in ("data", "runs", "results"):
+        if "%" in (path := str(getattr(folders, name))):  # schedulers put job ids for %j, %A and the like
+            raise ValueError(f"--{name} must be a path without %, however: {path}")
+    scheduler = schedulers.ALL[cluster.scheduler]
+    scheduler.executor(folders.runs, cluster, experiment)  # refuses options that can't be
+    most = scheduler.max_minutes(cluster)
+    if most is not None and cluster.minutes > most:
+        raise ValueError(
+            f"--hours must be at most {most / 60:g}, the limit where preset {cluster.name} sends its jobs, however: "
+            f"{cluster.hours:g}"
+        )
+
+
+def chunks_of(
+    elements: list[list[str]], limit: int, max_parallel: int | None
+) -> list[tuple[list[list[str]], int | None]]:
+    """Cut elements into arrays that the site takes, each with its share of the runs at once."""
+    chunks = [elements[first : first + limit] for first in range(0, len(elements), limit)]
+    if max_parallel and max_parallel < len(chunks):
+        raise ValueError(
+            f"--max-parallel must be at least {len(chunks)}, for this site takes arrays of {limit} and limits each by itself, "
+            f"however: {max_parallel}; --runs-per-job makes fewer elements"
+        )
+    return [
+        (chunk, (max_parallel + number) // len(chunks) if max_parallel else None) for number, chunk in enumerate(chunks)
+    ]
+
+
+def job_name(record: Submission, chunk: int) -> str:
+    """Return a name that no other array has, by which one is found again whose id was never written down."""
+    return f"{record.experiment[:20]}-{record.name}-{chunk}"
+
+
+def _submit_arrays(record: Submission, cluster: Cluster, folders: Folders, max_parallel: int | None) -> None:
+    scheduler = schedulers.ALL[cluster.scheduler]
+    logs = record.folder / "logs"
+    logs.mkdir()
+    element = Element(record.experiment, folders, cluster.minutes)
+    try:
+        for number, (chunk, parallel) in enumerate(chunks_of(record.elements, scheduler.array_limit(), max_parallel)):
+            executor = scheduler.executor(logs, cluster, job_name(record, number), parallel)
+            try:
+                jobs = executor.map_array(element, chunk)
+            except BaseException:
+                with suppress(Unreachable):  # what it took in spite of all ends by itself, for want of its pickle
+                    scheduler.cancel_named(job_name(record, number))
+                raise
+            record.jobs |= dict.fromkeys((job.job_id for job in jobs), "")
+            record.write()
+    except BaseException as error:
+        submitted = len(record.jobs)
+        record.elements = record.elements[:submitted]
+        record.write()
+        if isinstance(error, subprocess.SubprocessError | FailedSubmissionError | FailedJobError | OSError):
+            raise RuntimeError(
+                f"{submitted} array elements were submitted, then {scheduler.submit_command} failed; the same command "
+                f"submits the rest: {' '.join(str(error).split())}"
+            ) from error
+        raise
+
+
+def _mend(folders: Folders, experiment: str) -> None:
+    """Bring records to an end whose submitter died: cancel the array whose ids it could not write down."""
+    for record in submissions(folders, experiment):
+        if len(record.jobs) >= len(record.elements) or record.scheduler == "local" or record.being_submitted():
+            continue
+        arrays = {job.partition("_")[0] for job in record.jobs}
+        schedulers.ALL[record.scheduler].cancel_named(job_name(record, len(arrays)))
+        record.elements = record.elements[: len(record.jobs)]
+        record.write()
+
+
+def _release(state: RunState) -> None:
+    """Take away what a dead job left: its claim, which other hosts can't see to be dead, and the mark of a cancelled run."""
+    state.run.cancelled.unlink(missing_ok=True)
+    if state.owner and read_json(state.run.claim) == state.owner:
+        state.run.claim.unlink(missing_ok=True)
 
 
 def _start_local(record: Submission, cluster: Cluster, folders: Folders, workers: int) -> None:
     """Start workers that share the elements. submitit's LocalExecutor would start every element at once."""
     import submitit
 
-    folder = record.path.parent
-    queue = folder / "taken"
+    queue = record.folder / "taken"
     queue.mkdir()
     gpus = clusters.local_gpus()
     threads = str(max(1, clusters.cores() // workers))
-    executor = submitit.LocalExecutor(folder=folder / "logs")
+    executor = submitit.LocalExecutor(folder=record.folder / "logs")
     with (
         _environment(OMP_NUM_THREADS=os.environ.get("OMP_NUM_THREADS", threads)),
-        _detached(folder / "workers.log"),
+        _detached(record.folder / "workers.log"),
     ):
         for worker in range(workers):
             executor.update_parameters(
-                timeout_min=60 * cluster.timeout_hours,
+                timeout_min=cluster.minutes,
                 stderr_to_stdout=True,
                 gpus_per_node=min(gpus, 1),
                 visible_gpus=[worker % gpus] if gpus else (),
@@ -131,34 +240,54 @@ def _start_local(record: Submission, cluster: Cluster, folders: Folders, workers
             record.write()
 
 
-def cancel(experiment: str, configs: dict[str, Any], folders: Folders) -> list[str]:
-    """Stop the live submissions that hold any of these runs; return the ids of the unfinished runs that were stopped.
+def cancel(experiment: str, states: list[RunState], folders: Folders) -> tuple[list[str], set[str]]:
+    """Stop runs that are alive; return their ids, and why others that are alive go on.
 
-    A worker is told by SIGTERM, ends at once, and is waited for; its runs keep their last checkpoint.
+    A run is marked as cancelled, so that no job takes it up; the job that is at it is told to leave it, and a job with
+    nothing else left to do is ended. What was trained up to the last whole epoch is kept.
     """
-    stopped: list[str] = []
     with alone(folders, experiment):
-        for submission in submissions(folders, experiment):
-            if not submission.alive() or not configs.keys() & submission.run_ids():
+        stopping, ended = [], dict[str, list[str]]()
+        left_alone = set()
+        for state in states:
+            if state.state not in ALIVE:
                 continue
-            if submission.foreign():
-                print(f"left alone: {submission.path.parent} was submitted on {submission.host}; cancel it there")
+            record = state.submission
+            if record is not None and record.foreign():
+                left_alone.add(f"{record.folder} was submitted on {record.host}; cancel it there")
                 continue
-            unfinished = {state.run.id for state in look(folders, experiment, configs) if state.state in ALIVE}
-            for pid, when in submission.jobs.items():
-                if born(int(pid)) == when:
-                    os.kill(int(pid), signal.SIGTERM)
-            deadline = time.monotonic() + 30
-            while submission.alive() and time.monotonic() < deadline:
-                time.sleep(0.1)
-            if submission.alive():
-                raise RuntimeError(
-                    f"the workers {', '.join(submission.jobs)} of {submission.path.parent} do not end; kill them"
+            if record is None or (state.state == "running" and state.job_id not in record.jobs):
+                left_alone.add(
+                    f"{state.run.id} was started by hand, as process {state.owner.get('pid')} on {state.node}"
                 )
-            submission.cancelled = True
-            submission.write()
-            stopped += sorted(submission.run_ids() & unfinished)
-        return stopped
+                continue
+            state.run.folder.mkdir(parents=True, exist_ok=True)
+            state.run.cancelled.touch()
+            stopping.append(state)
+        for state in stopping:
+            record = state.submission
+            assert record is not None
+            if record.scheduler == "local":
+                if state.state == "running":
+                    with suppress(ProcessLookupError):
+                        os.kill(state.owner["pid"], signal.SIGUSR1)
+                continue
+            element = next(one for one in record.elements if state.run.id in one)
+            if all(_finished(folders, experiment, run_id) for run_id in element):
+                ended.setdefault(record.scheduler, []).append(state.job_id)
+            elif state.state == "running":
+                schedulers.ALL[record.scheduler].signal(state.job_id, "USR1")
+        for name, jobs in ended.items():
+            schedulers.ALL[name].cancel(list(dict.fromkeys(jobs)))
+    return [state.run.id for state in stopping], left_alone
+
+
+def _finished(folders: Folders, experiment: str, run_id: str) -> bool:
+    """Say whether no job needs to take up a run any more."""
+    return (
+        result_path(folders.results, experiment, run_id).exists()
+        or (folders.runs / experiment / run_id / "cancelled").exists()
+    )
 
 
 @contextmanager

@@ -1,0 +1,346 @@
+"""What is asked of a scheduler, in the same words for SLURM and LSF: submit an array, say what became of jobs, stop some.
+
+A job that is an element of an array is called ARRAY_INDEX, as submitit and SLURM do. One question answers for all jobs.
+"""
+
+import re
+import shutil
+import subprocess
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+from jobs import lsf
+from jobs.clusters import Cluster
+
+YOUNG = 120  # seconds after its submission in which a scheduler may not have heard of a job yet
+FOREVER = 1000  # requeues at the time limit: `Element` ends a run that makes no progress, nothing else has to
+
+
+class Unreachable(RuntimeError):
+    """The scheduler gave no answer. Nothing is known of the jobs then: not that they live, not that they ended."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """What a scheduler says of a job."""
+
+    state: str
+    """pending, running or ended"""
+    end: str = ""
+    """of one that ended, the state of its unfinished runs: timeout, memory, cancelled or lost"""
+    detail: str = ""
+    """for people"""
+    node: str = ""
+
+
+class Scheduler(ABC):
+    """A scheduler whose commands are on PATH."""
+
+    name: str
+    submit_command: str
+    first_index: int
+
+    def there(self) -> bool:
+        return shutil.which(self.submit_command) is not None
+
+    def executor(self, folder: Path, cluster: Cluster, name: str, parallel: int | None = None) -> Any:
+        """Return submitit's executor, which refuses options that it doesn't know with a ValueError."""
+        import submitit
+
+        if not self.there():
+            raise ValueError(
+                f"preset {cluster.name} wants {self.submit_command} on PATH, as on a login node of a cluster, however it is not"
+            )
+        options = {**self.defaults(), **cluster.options}
+        if parallel:
+            options["array_parallelism"] = parallel
+        try:
+            executor = submitit.AutoExecutor(folder, cluster=self.name, **{f"{self.name}_max_num_timeout": FOREVER})
+            executor.update_parameters(
+                name=name,
+                timeout_min=cluster.minutes,
+                mem_gb=cluster.mem_gb,
+                cpus_per_task=cluster.cpus,
+                gpus_per_node=cluster.gpus or None,
+                stderr_to_stdout=True,
+                **{f"{self.name}_{key}": value for key, value in {**options, "setup": cluster.setup}.items()},
+            )
+        except (NameError, ValueError, TypeError, AssertionError) as error:
+            raise ValueError(f"preset {cluster.name}: {error}") from error
+        return executor
+
+    @abstractmethod
+    def defaults(self) -> dict[str, Any]:
+        """Return the executor's options that a preset need not give."""
+
+    @abstractmethod
+    def script(self, folder: Path, cluster: Cluster, name: str, count: int, parallel: int | None) -> str:
+        """Return what would be submitted for an array of `count` jobs."""
+
+    @abstractmethod
+    def array_limit(self) -> int:
+        """Return how many jobs one array may have here."""
+
+    @abstractmethod
+    def max_minutes(self, cluster: Cluster) -> float | None:
+        """Return the longest time limit where the preset's jobs would go, None when there is none or it is not told."""
+
+    @abstractmethod
+    def ask(self, jobs: Mapping[str, float]) -> dict[str, Job]:
+        """Return what became of each job, given when it was submitted (seconds since 1970).
+
+        Raises:
+            Unreachable: the scheduler gave no answer.
+        """
+
+    @abstractmethod
+    def cancel(self, jobs: Sequence[str]) -> None:
+        """Stop jobs; one that has ended already is no error. Raises Unreachable when the scheduler didn't take it."""
+
+    @abstractmethod
+    def cancel_named(self, name: str) -> None:
+        """Stop the jobs of this name, if there are any."""
+
+    @abstractmethod
+    def signal(self, job: str, number_name: str) -> None:
+        """Send a signal, by its name without SIG, to the processes of a running job."""
+
+
+def _run(command: Sequence[str], timeout: float = 60) -> subprocess.CompletedProcess[str]:
+    try:
+        return subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=timeout)
+    except subprocess.TimeoutExpired as late:
+        raise Unreachable(f"{command[0]} gave no answer within {timeout:g} s") from late
+    except OSError as error:
+        raise Unreachable(f"{command[0]} could not be started: {error}") from error
+
+
+# --------------------------------------------------------------------------------------------------------- SLURM
+
+
+class Slurm(Scheduler):
+    """SLURM, with accounting or without: squeue knows what lives and, for MinJobAge (300 s), how the others ended; sacct
+    is asked for older ones where it answers. A job that neither knows has ended."""
+
+    name, submit_command, first_index = "slurm", "sbatch", 0
+
+    LIVE: ClassVar[dict[str, str]] = {
+        "PENDING": "pending", "CONFIGURING": "pending", "REQUEUED": "pending", "REQUEUE_HOLD": "pending",
+        "REQUEUE_FED": "pending", "RESV_DEL_HOLD": "pending", "SPECIAL_EXIT": "pending",
+        "RUNNING": "running", "COMPLETING": "running", "SUSPENDED": "running", "STOPPED": "running",
+        "RESIZING": "running", "SIGNALING": "running", "STAGE_OUT": "running",
+    }  # fmt: skip
+    ENDS: ClassVar[dict[str, str]] = {
+        "TIMEOUT": "timeout",
+        "DEADLINE": "timeout",
+        "OUT_OF_MEMORY": "memory",
+        "CANCELLED": "cancelled",
+    }
+
+    def defaults(self) -> dict[str, Any]:
+        # submitit's own key, "submitit", is refused by sites that track such keys, and it runs 256 elements at once
+        return {"wckey": None, "array_parallelism": 100_000}
+
+    def script(self, folder: Path, cluster: Cluster, name: str, count: int, parallel: int | None) -> str:
+        executor = self.executor(folder, cluster, name, parallel or count)._executor
+        if count > 1:
+            executor.parameters["map_count"] = count
+        return str(executor._make_submission_file_text(executor._submitit_command_str, ""))
+
+    def array_limit(self) -> int:
+        found = re.search(r"^MaxArraySize\s*=\s*(\d+)", _run(["scontrol", "show", "config"]).stdout, re.MULTILINE)
+        # The largest index is one less, and the first is 0. A started job waits 60 s for its pickle, which submitit puts in
+        # place after the submission: with 10,000 of them that holds on a slow disk too.
+        return min(int(found.group(1)), 10_000) if found else 1000
+
+    def max_minutes(self, cluster: Cluster) -> float | None:
+        wanted = cluster.options.get("partition")
+        limits = {}
+        for line in _run(["sinfo", "--noheader", "--format=%P|%l"]).stdout.splitlines():
+            partition, _, limit = line.partition("|")
+            limits[partition.rstrip("*")] = limit
+            if partition.endswith("*") and wanted is None:
+                wanted = partition.rstrip("*")
+        if wanted is None or not limits:
+            return None
+        chosen = str(wanted).split(",")
+        if unknown := [one for one in chosen if one not in limits]:
+            raise ValueError(
+                f"preset {cluster.name}: partition must be one of {', '.join(limits)}; however: {', '.join(unknown)}"
+            )
+        minutes = [slurm_minutes(limits[one]) for one in chosen]
+        known = [one for one in minutes if one is not None]
+        return max(known) if len(known) == len(minutes) else None
+
+    def ask(self, jobs: Mapping[str, float]) -> dict[str, Job]:
+        seen: dict[str, Job] = {}
+        parents = sorted({job.partition("_")[0] for job in jobs})
+        for batch in lsf.batches(parents, 200):
+            ran = _run(
+                ["squeue", "--noheader", "--array", "--states=all", "--format=%i|%T|%N|%r", f"--jobs={','.join(batch)}"]
+            )
+            if ran.returncode and "Invalid job id" not in ran.stderr:
+                raise Unreachable(f"squeue failed: {ran.stderr.strip() or f'exit code {ran.returncode}'}")
+            for line in ran.stdout.splitlines():
+                job, state, node, reason = [*line.split("|", 3), "", "", ""][:4]
+                if job in jobs:
+                    seen[job] = self._job(state, node, reason)
+        forgotten = [job for job in jobs if job not in seen]
+        if old := [job for job in forgotten if time.time() - jobs[job] > YOUNG]:
+            past = self._accounted(old)
+            seen |= {job: past.get(job, Job("ended", "lost", "SLURM has forgotten how it ended")) for job in old}
+        return seen | {job: Job("pending") for job in forgotten if job not in seen}
+
+    def _job(self, state: str, node: str, reason: str) -> Job:
+        word = state.split()[0].rstrip("+") if state else ""
+        why = f"SLURM says {word}" + (f", {reason}" if reason not in ("", "None") else "")
+        if word in self.LIVE:
+            return Job(self.LIVE[word], detail=why if word != "RUNNING" else "", node=node)
+        return Job("ended", self.ENDS.get(word, "lost"), why, node)
+
+    def _accounted(self, jobs: Sequence[str]) -> dict[str, Job]:
+        seen = {}
+        for batch in lsf.batches(sorted({job.partition("_")[0] for job in jobs}), 200):
+            ran = _run(
+                [
+                    "sacct",
+                    "--noheader",
+                    "--allocations",
+                    "--parsable2",
+                    "--format=JobID,State,NodeList,Reason",
+                    f"--jobs={','.join(batch)}",
+                ]
+            )
+            for line in ran.stdout.splitlines():  # nothing where accounting is off
+                job, state, node, reason = [*line.split("|", 3), "", "", ""][:4]
+                seen[job] = self._job(state, node, reason)
+        return seen
+
+    def cancel(self, jobs: Sequence[str]) -> None:
+        for batch in lsf.batches(list(jobs), 500):
+            ran = _run(["scancel", *batch])
+            if ran.returncode and "Invalid job id" not in ran.stderr:
+                raise Unreachable(f"scancel failed: {ran.stderr.strip() or f'exit code {ran.returncode}'}")
+
+    def cancel_named(self, name: str) -> None:
+        if (ran := _run(["scancel", f"--jobname={name}"])).returncode:
+            raise Unreachable(f"scancel failed: {ran.stderr.strip()}")
+
+    def signal(self, job: str, number_name: str) -> None:
+        _run(["scancel", f"--signal={number_name}", job])
+
+
+def slurm_minutes(limit: str) -> float | None:
+    """Read a time limit as sinfo writes it, such as 1-00:00:00, 2:00 or infinite (None)."""
+    found = re.fullmatch(r"(?:(\d+)-)?(?:(\d+):)?(\d+):(\d+)", limit.strip())
+    if not found:
+        return None
+    days, hours, minutes, seconds = (int(part or 0) for part in found.groups())
+    return 1440 * days + 60 * hours + minutes + seconds / 60
+
+
+# ----------------------------------------------------------------------------------------------------------- LSF
+
+
+class Lsf(Scheduler):
+    """IBM LSF and its relatives, by `jobs/lsf.py`."""
+
+    name, submit_command, first_index = "lsf", "bsub", 1
+
+    ENDS: ClassVar[dict[str, str]] = {"time limit": "timeout", "memory": "memory", "cancelled": "cancelled"}
+    SETTLE = 5.0
+    """seconds after which a job that was seen ended is looked at again: one that is requeued shows EXIT or DONE for a
+    second or two"""
+
+    def __init__(self) -> None:
+        self._watcher = lsf.LsfInfoWatcher()
+
+    def defaults(self) -> dict[str, Any]:
+        return {}
+
+    def script(self, folder: Path, cluster: Cluster, name: str, count: int, parallel: int | None) -> str:
+        executor = self.executor(folder, cluster, name)._executor
+        return str(
+            executor._make_submission_file_text(
+                executor._submitit_command_str, "00000000", count, parallel if count > 1 else None
+            )
+        )
+
+    def array_limit(self) -> int:
+        found = re.search(r"MAX_JOB_ARRAY_SIZE\s*=\s*(\d+)", self._try("bparams", "-a"))
+        return min(int(found.group(1)), 1000) if found else 1000
+
+    def max_minutes(self, cluster: Cluster) -> float | None:
+        queues = cluster.options.get("queue")
+        minutes = []
+        for queue in [queues] if isinstance(queues, str) else list(queues or []):
+            said = self._try("bqueues", "-l", queue)
+            if re.search(r"no such queue", said, re.IGNORECASE):
+                raise ValueError(f"preset {cluster.name}: queue must be one that bqueues lists, however: {queue}")
+            minutes.append(lsf_minutes(said))
+        known = [one for one in minutes if one is not None]
+        return max(known) if known and len(known) == len(minutes) else None
+
+    def _try(self, *command: str) -> str:
+        ran = lsf.run(command, timeout=30)
+        return ran.out + ran.err
+
+    def ask(self, jobs: Mapping[str, float]) -> dict[str, Job]:
+        infos = self._infos(list(jobs))
+        if ended := [job for job, info in infos.items() if lsf.STATES.get(info["Stat"]) in lsf.ENDED]:
+            time.sleep(self.SETTLE)
+            infos |= self._infos(ended)
+        seen = {job: self._job(info) for job, info in infos.items()}
+        forgotten = [job for job in jobs if job not in seen]
+        old = [job for job in forgotten if time.time() - jobs[job] > YOUNG]
+        past = self._watcher.history(old) if old else {}
+        for job in old:
+            if job in past:
+                seen[job] = self._job(past[job])
+            elif self._watcher.query(lsf.lsf_id(job)).sure:
+                seen[job] = Job("ended", "lost", "LSF has forgotten how it ended")
+        return seen | {job: Job("pending") for job in forgotten if job not in seen}
+
+    def _infos(self, jobs: Sequence[str]) -> dict[str, lsf.Info]:
+        wanted, found = set(jobs), dict[str, lsf.Info]()
+        for batch in lsf.batches(sorted({job.partition("_")[0] for job in jobs}), 200):
+            answer = self._watcher.query(*batch)
+            if not answer.heard:
+                raise Unreachable(f"bjobs failed: {answer.problem}")
+            found.update((job, info) for job, info in answer.jobs.items() if job in wanted)
+        return found
+
+    def _job(self, info: lsf.Info) -> Job:
+        state = lsf.STATES.get(info["Stat"], "RUNNING")
+        if state in lsf.ENDED:
+            reason = lsf.exit_reason(info)
+            return Job("ended", self.ENDS.get(reason.kind, "lost"), " ".join(reason.detail.split()), info["NodeList"])
+        return Job(
+            state.lower(), detail="" if info["Stat"] == "RUN" else f"LSF says {info['Stat']}", node=info["NodeList"]
+        )
+
+    def cancel(self, jobs: Sequence[str]) -> None:
+        try:
+            lsf.cancel(jobs)
+        except RuntimeError as error:
+            raise Unreachable(str(error)) from error
+
+    def cancel_named(self, name: str) -> None:
+        lsf.run(["bkill", "-J", f"{name}*", "0"])
+
+    def signal(self, job: str, number_name: str) -> None:
+        lsf.run(["bkill", "-s", number_name, lsf.lsf_id(job)])
+
+
+def lsf_minutes(queue: str) -> float | None:
+    """Read the RUNLIMIT among the maximum limits in what `bqueues -l` says of a queue."""
+    _, _, maximum = queue.rpartition("MAXIMUM LIMITS")  # before it stand default ones, if the queue has any
+    found = re.search(r"RUNLIMIT[^\n]*\n\s*([\d.]+) min", maximum)
+    return float(found.group(1)) if found else None
+
+
+ALL: dict[str, Scheduler] = {"slurm": Slurm(), "lsf": Lsf()}
