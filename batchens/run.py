@@ -55,6 +55,10 @@ class InUse(RuntimeError):
     """Another live process works on this run."""
 
 
+class Cancelled(BaseException):
+    """The run was cancelled while this process was at it."""
+
+
 class Run:
     """A run of an experiment in these folders."""
 
@@ -69,6 +73,7 @@ class Run:
         self.progress = self.folder / "progress.json"
         self.failure = self.folder / "failure.txt"
         self.cancelled = self.folder / "cancelled"
+        self.since = 0.0
 
     def done(self) -> bool:
         return self.result.exists() and results.damage(self.result) is None
@@ -84,6 +89,7 @@ class Run:
         check_writable(self.folder)
         check_writable(self.result.parent)
         owner = self._claim()
+        self.since = owner["since"]
         try:
             self.failure.unlink(missing_ok=True)
             yield
@@ -135,7 +141,12 @@ class Run:
             ours.unlink(missing_ok=True)
 
     def after_epoch(self, rows: Sequence[dict[str, Any]], epochs: int) -> None:
-        """Say how far the run is: a line in its log, and `progress.json` for `jobs status`."""
+        """Say how far the run is: a line in its log, and `progress.json` for `jobs status`.
+
+        Raises:
+            Cancelled: `jobs cancel` has marked the run. Asked for here alone: an exception out of a signal's handler may
+                hit an `import`, after which torch can't be used by the next run in this process.
+        """
         row = next(row for row in rows if row["split"] == "validation" and row["member"] is None)
         write_text(
             self.progress,
@@ -154,6 +165,9 @@ class Run:
             f"{row['seconds']:.1f} s"
         )
         sys.stdout.flush()
+        with suppress(FileNotFoundError):
+            if self.cancelled.stat().st_mtime > self.since:
+                raise Cancelled(self.id)
 
     def write(self, rows: Sequence[dict[str, Any]], **facts: Any) -> Path:
         """Write the result of the run: each row with the configuration, `facts` and the provenance; clear its folder."""

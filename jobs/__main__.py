@@ -21,7 +21,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, replace
 from datetime import UTC, datetime, timedelta
-from typing import Annotated, Any
+from typing import Annotated
 
 import tyro
 from tqdm import tqdm
@@ -267,8 +267,9 @@ def cancel(
     Args:
         yes: do not ask first
     """
-    configs = dict(experiments.find(experiment, name, grid) for name in names) or experiments.runs_of(experiment, grid)
-    alive = [state for state in look(folders, experiment, configs) if state.state in ALIVE]
+    chosen = dict(experiments.find(experiment, name, grid) for name in names) or experiments.runs_of(experiment, grid)
+    found = look(folders, experiment, experiments.runs_of(experiment))
+    alive = [state for state in found if state.state in ALIVE and state.run.id in chosen]
     if len(alive) > MANY and not yes:
         if not sys.stdin.isatty():
             raise ValueError(
@@ -277,21 +278,20 @@ def cancel(
         if input(f"stop {len(alive)} runs of {experiment}? [y/N] ").strip().lower() not in ("y", "yes"):
             print("nothing was stopped")
             return
-    stopped, left_alone = cancel_runs(experiment, alive, folders)
-    if any(state.submission and state.submission.scheduler == "local" for state in alive):
-        _wait_for_end(folders, experiment, {run_id: configs[run_id] for run_id in stopped})
-    print(f"stopped {len(stopped)} runs" if stopped else f"no job of {experiment} is alive")
-    for why in sorted(left_alone):
-        print(f"left alone: {why}")
-
-
-def _wait_for_end(folders: Folders, experiment: str, configs: dict[str, Any]) -> None:
+    stopped = cancel_runs(experiment, found, chosen.keys(), folders)
+    local = {one.run.id for one in alive if one.submission and one.submission.scheduler == "local"}
     deadline = time.monotonic() + 30
-    while alive := [one for one in look(folders, experiment, configs) if one.state in ALIVE]:
+    told = {run_id: chosen[run_id] for run_id in stopped.now if run_id in local}
+    while any(one.state in ALIVE for one in look(folders, experiment, told)):
         if time.monotonic() > deadline:
-            pids = sorted({str(one.owner["pid"]) for one in alive if one.owner})
-            raise RuntimeError(f"the processes {', '.join(pids)} were told to stop and have not within 30 s; kill them")
+            raise RuntimeError(f"some of these runs were told to stop and have not within 30 s: {', '.join(told)}")
         time.sleep(0.1)
+    if stopped.now or not stopped.later:
+        print(f"stopped {len(stopped.now)} runs" if stopped.now else f"no job of {experiment} is alive")
+    if stopped.later:
+        print(f"{len(stopped.later)} stop at the end of their epoch, for their jobs have more to do")
+    for why in sorted(stopped.alone):
+        print(f"left alone: {why}")
 
 
 def doctor(

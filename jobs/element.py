@@ -12,7 +12,7 @@ from types import FrameType, ModuleType
 
 from submitit.core.utils import DelayedSubmission, UncompletedJobError
 
-from batchens.run import Folders, InUse, Run, born
+from batchens.run import Cancelled, Folders, InUse, Run, born
 from jobs import experiments
 
 BEGIN = "=== run "  # begins a run's part of its element's log
@@ -20,10 +20,6 @@ BEGIN = "=== run "  # begins a run's part of its element's log
 
 class Stopped(BaseException):
     """This process is asked to end."""
-
-
-class Cancelled(BaseException):
-    """The run that this process is at was cancelled."""
 
 
 class OutOfTime(UncompletedJobError):
@@ -71,7 +67,6 @@ def work(experiment: str, elements: list[list[str]], queue: Path | None, folders
     """
     if queue is not None:  # elsewhere submitit passes over SIGTERM, which also announces a preemption
         signal.signal(signal.SIGTERM, _stop)
-    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
     script, known = experiments.script(experiment), experiments.runs_of(experiment)
     done, failed, longest = 0, [], 0.0
     for number, element in enumerate(elements):
@@ -106,21 +101,14 @@ def work(experiment: str, elements: list[list[str]], queue: Path | None, folders
 
 
 def _one(script: ModuleType, run: Run) -> None:
-    """Do a run, unless it is cancelled; on SIGUSR1, look again whether it is."""
-
-    def look(number: int, frame: FrameType | None) -> None:
-        if run.cancelled.exists():
-            raise Cancelled
-
-    before = signal.signal(signal.SIGUSR1, look)
+    """Do a run, unless it is cancelled, or until it is."""
     try:
-        look(0, None)
+        if run.cancelled.exists():
+            raise Cancelled(run.id)
         print(f"{BEGIN}{run.id}, {time.strftime('%Y-%m-%d %H:%M:%S')}, {socket.gethostname()}", flush=True)
         script.main(run.config, run.folders)
-    except Cancelled:
-        print(f"cancelled: {run.id}", flush=True)
-    finally:
-        signal.signal(signal.SIGUSR1, before)
+    except Cancelled as cancelled:
+        print(f"cancelled: {cancelled}", flush=True)
 
 
 def _take(ticket: Path) -> bool:

@@ -198,7 +198,7 @@ STATES = {
 }
 ENDED = ("COMPLETED", "FAILED")
 _IBM = ("-noheader", "-o", "jobid jobindex stat exit_code exec_host exit_reason delimiter='^'")
-_LEAN = ("-json", "-o", "jobid stat job_name")  # names may hold blanks
+_LEAN = ("-json", "-o", "jobid stat exec_host job_name")  # names may hold blanks
 _OLDEST = ("-w",)  # the default columns
 _REFUSED_FORM = re.compile(r"valid field|invalid option|illegal option|unrecognized|usage:", re.IGNORECASE)
 _NOT_THERE = re.compile(r"is not found|no matching job|no (unfinished |matching )?job found", re.IGNORECASE)
@@ -240,7 +240,10 @@ def read_bjobs(text: str) -> dict[str, Info]:
             return {}
         rows = [record for record in records if record.keys() >= {"JOBID", "STAT", "JOB_NAME"}]  # not an ERROR
         elements = [(row, _ELEMENT.search(row["JOB_NAME"])) for row in rows]
-        return dict(_info(one["JOBID"], index.group(1) if index else "", one["STAT"]) for one, index in elements)
+        return dict(
+            _info(one["JOBID"], index.group(1) if index else "", one["STAT"], host=one.get("EXEC_HOST", ""))
+            for one, index in elements
+        )
     found: dict[str, Info] = {}
     for line in text.splitlines():
         row = line.split("^", 5)
@@ -267,9 +270,11 @@ def read_history(text: str) -> dict[str, Info]:
         if not events:
             continue
         done, exited = events[-1].groups()
+        starts = [event.end() for event in events[:-1] if not any(event.groups())]  # of earlier attempts nothing counts
         code = re.search(r"exitcode(\d+)", body[events[-1].start() :])
         number = re.search(r"bysignal(\d+)", body[events[-1].start() :])
-        reasons = re.findall(r"TERM_[A-Z_]+|Signal<(?:KILL|TERM|INT)>requestedby", body)
+        said = body[starts[-1] if starts else 0 :]
+        reasons = re.findall(r"TERM_[A-Z_]+|Signal<(?:KILL|TERM|INT)>requestedby", said)
         parent, _, index = name.rstrip("]").partition("[")
         job_id, info = _info(
             parent,
@@ -418,7 +423,9 @@ _TERMS = {  # [IBM] the words by which LSF says why it ended a job; [lean] has n
     "cancelled": ("TERM_OWNER", "TERM_FORCE_OWNER", "TERM_ADMIN", "TERM_FORCE_ADMIN", "TERM_REQUEUE_OWNER"),
     "node lost": ("TERM_ZOMBIE",),
 }
-_TIMED_OUT = re.compile(r"this job is timed-out|not requeued because: timed-out|^User defined signal 2", re.MULTILINE)
+# submitit's own lines: the log of a requeued job has those of earlier attempts as well, stderr apart from stdout
+_ATTEMPT = re.compile(r"submitit \w+ \((?P<when>[\d,:. -]+)\) - (?:Starting with|.*(?P<late>this job is timed-out))")
+_REPORT = re.compile(r"(?:\n-{20,}\n)?Sender: LSF System.*?(?:The output \(if any\) follows:|\Z)", re.DOTALL)
 
 
 def exit_reason(info: Mapping[str, str], text: str = "") -> ExitReason:
@@ -440,7 +447,8 @@ def exit_reason(info: Mapping[str, str], text: str = "") -> ExitReason:
         return ExitReason("lost", said)
     if stat in ("ZOMBI", "UNKWN"):
         return ExitReason("node lost", f"LSF calls the job {stat}: it can't reach the host {host}".rstrip())
-    if code == "140" or _TIMED_OUT.search(text):
+    attempts = sorted((line["when"], bool(line["late"])) for line in _ATTEMPT.finditer(text))
+    if code == "140" or (attempts and attempts[-1][1]) or "not requeued because: timed-out" in text:
         return ExitReason("time limit", "ended by SIGUSR2, which LSF sends at the time limit")
     if "requested by user" in said or code in ("130", "143"):
         return ExitReason("cancelled", said or f"exit code {code}: ended by the signals of bkill")
@@ -448,7 +456,7 @@ def exit_reason(info: Mapping[str, str], text: str = "") -> ExitReason:
         return ExitReason("cancelled", "no exit code, no host and no log: killed before it was started")
     if code == "137":
         return ExitReason("killed", "SIGKILL: by the node, short of memory, or by a bkill that took long")
-    tail = "\n".join(text.rstrip().splitlines()[-20:])
+    tail = "\n".join(_REPORT.sub("", text).rstrip().splitlines()[-20:])
     return ExitReason("error", "\n".join(filter(None, (said, f"exit code {code or 'unknown'} ({stat})", tail))))
 
 

@@ -3,6 +3,7 @@
 A job that is an element of an array is called ARRAY_INDEX, as submitit and SLURM do. One question answers for all jobs.
 """
 
+import itertools
 import re
 import shutil
 import subprocess
@@ -56,6 +57,8 @@ class Scheduler(ABC):
                 f"preset {cluster.name} wants {self.submit_command} on PATH, as on a login node of a cluster, however it is not"
             )
         options = {**self.defaults(), **cluster.options}
+        # on a node without affinity torch would take every core, whatever the job asked for
+        options["setup"] = [f'export OMP_NUM_THREADS="${{OMP_NUM_THREADS:-{cluster.cpus}}}"', *cluster.setup]
         if parallel:
             options["array_parallelism"] = parallel
         try:
@@ -67,7 +70,7 @@ class Scheduler(ABC):
                 cpus_per_task=cluster.cpus,
                 gpus_per_node=cluster.gpus or None,
                 stderr_to_stdout=True,
-                **{f"{self.name}_{key}": value for key, value in {**options, "setup": cluster.setup}.items()},
+                **{f"{self.name}_{key}": value for key, value in options.items()},
             )
         except (NameError, ValueError, TypeError, AssertionError) as error:
             raise ValueError(f"preset {cluster.name}: {error}") from error
@@ -105,10 +108,6 @@ class Scheduler(ABC):
     def cancel_named(self, name: str) -> None:
         """Stop the jobs of this name, if there are any."""
 
-    @abstractmethod
-    def signal(self, job: str, number_name: str) -> None:
-        """Send a signal, by its name without SIG, to the processes of a running job."""
-
 
 def _run(command: Sequence[str], timeout: float = 60) -> subprocess.CompletedProcess[str]:
     try:
@@ -141,9 +140,14 @@ class Slurm(Scheduler):
         "CANCELLED": "cancelled",
     }
 
+    def executor(self, folder: Path, cluster: Cluster, name: str, parallel: int | None = None) -> Any:
+        executor = super().executor(folder, cluster, name, parallel)
+        if "wckey" not in cluster.options:
+            executor._executor.parameters["wckey"] = None  # submitit's own key is refused by sites that track such keys
+        return executor
+
     def defaults(self) -> dict[str, Any]:
-        # submitit's own key, "submitit", is refused by sites that track such keys, and it runs 256 elements at once
-        return {"wckey": None, "array_parallelism": 100_000}
+        return {"array_parallelism": 100_000}  # submitit's own is 256
 
     def script(self, folder: Path, cluster: Cluster, name: str, count: int, parallel: int | None) -> str:
         executor = self.executor(folder, cluster, name, parallel or count)._executor
@@ -152,15 +156,18 @@ class Slurm(Scheduler):
         return str(executor._make_submission_file_text(executor._submitit_command_str, ""))
 
     def array_limit(self) -> int:
-        found = re.search(r"^MaxArraySize\s*=\s*(\d+)", _run(["scontrol", "show", "config"]).stdout, re.MULTILINE)
+        size = read_config(_run(["scontrol", "show", "config"]).stdout).get("MaxArraySize", "")
         # The largest index is one less, and the first is 0. A started job waits 60 s for its pickle, which submitit puts in
         # place after the submission: with 10,000 of them that holds on a slow disk too.
-        return min(int(found.group(1)), 10_000) if found else 1000
+        return min(int(size), 10_000) if size.isdecimal() else 1000
 
     def max_minutes(self, cluster: Cluster) -> float | None:
         wanted = cluster.options.get("partition")
         limits = {}
-        for line in _run(["sinfo", "--noheader", "--format=%P|%l"]).stdout.splitlines():
+        ran = _run(["sinfo", "--noheader", "--format=%P|%l"])
+        if ran.returncode:
+            raise Unreachable(f"sinfo failed: {ran.stderr.strip()}")
+        for line in ran.stdout.splitlines():
             partition, _, limit = line.partition("|")
             limits[partition.rstrip("*")] = limit
             if partition.endswith("*") and wanted is None:
@@ -230,8 +237,10 @@ class Slurm(Scheduler):
         if (ran := _run(["scancel", f"--jobname={name}"])).returncode:
             raise Unreachable(f"scancel failed: {ran.stderr.strip()}")
 
-    def signal(self, job: str, number_name: str) -> None:
-        _run(["scancel", f"--signal={number_name}", job])
+
+def read_config(text: str) -> dict[str, str]:
+    """Read lines of NAME = VALUE, as `scontrol show config`, `bparams` and `badmin showconf` print them."""
+    return dict(re.findall(r"^\s*(\w+)\s*=[ \t]*(.*?)\s*$", text, re.MULTILINE))
 
 
 def slurm_minutes(limit: str) -> float | None:
@@ -271,22 +280,30 @@ class Lsf(Scheduler):
         )
 
     def array_limit(self) -> int:
-        found = re.search(r"MAX_JOB_ARRAY_SIZE\s*=\s*(\d+)", self._try("bparams", "-a"))
-        return min(int(found.group(1)), 1000) if found else 1000
+        for option in ("-a", "-l"):  # the second is all that a descendant of an early LSF knows
+            size = re.match(r"\d+", read_config(self._try("bparams", option)).get("MAX_JOB_ARRAY_SIZE", ""))
+            if size:
+                return min(int(size.group()), 1000)
+        return 1000
 
     def max_minutes(self, cluster: Cluster) -> float | None:
         queues = cluster.options.get("queue")
-        minutes = []
-        for queue in [queues] if isinstance(queues, str) else list(queues or []):
-            said = self._try("bqueues", "-l", queue)
-            if re.search(r"no such queue", said, re.IGNORECASE):
-                raise ValueError(f"preset {cluster.name}: queue must be one that bqueues lists, however: {queue}")
-            minutes.append(lsf_minutes(said))
-        known = [one for one in minutes if one is not None]
-        return max(known) if known and len(known) == len(minutes) else None
+        chosen = [queues] if isinstance(queues, str) else list(queues or [])
+        if not chosen:
+            return None
+        told = read_queues(self._try("bqueues", "-l"))
+        if told and (unknown := [one for one in chosen if one not in told]):
+            raise ValueError(
+                f"preset {cluster.name}: queue must be one of {', '.join(told)}; however: {', '.join(unknown)}"
+            )
+        limits = [re.match(r"[\d.]+", told.get(one, {}).get("RUNLIMIT", "")) for one in chosen]
+        minutes = [float(limit.group()) for limit in limits if limit]
+        return max(minutes) if len(minutes) == len(chosen) else None
 
     def _try(self, *command: str) -> str:
         ran = lsf.run(command, timeout=30)
+        if ran.code is None:
+            raise Unreachable(ran.err)
         return ran.out + ran.err
 
     def ask(self, jobs: Mapping[str, float]) -> dict[str, Job]:
@@ -294,6 +311,13 @@ class Lsf(Scheduler):
         if ended := [job for job, info in infos.items() if lsf.STATES.get(info["Stat"]) in lsf.ENDED]:
             time.sleep(self.SETTLE)
             infos |= self._infos(ended)
+        unexplained = [
+            job
+            for job, info in infos.items()
+            if lsf.STATES.get(info["Stat"]) in lsf.ENDED and not (info["ExitCode"] or info["ExitReason"])
+        ]
+        for job, info in self._watcher.history(unexplained).items() if unexplained else ():
+            infos[job] = {**infos[job], **{name: value for name, value in info.items() if value}}
         seen = {job: self._job(info) for job, info in infos.items()}
         forgotten = [job for job in jobs if job not in seen]
         old = [job for job in forgotten if time.time() - jobs[job] > YOUNG]
@@ -332,15 +356,21 @@ class Lsf(Scheduler):
     def cancel_named(self, name: str) -> None:
         lsf.run(["bkill", "-J", f"{name}*", "0"])
 
-    def signal(self, job: str, number_name: str) -> None:
-        lsf.run(["bkill", "-s", number_name, lsf.lsf_id(job)])
 
-
-def lsf_minutes(queue: str) -> float | None:
-    """Read the RUNLIMIT among the maximum limits in what `bqueues -l` says of a queue."""
-    _, _, maximum = queue.rpartition("MAXIMUM LIMITS")  # before it stand default ones, if the queue has any
-    found = re.search(r"RUNLIMIT[^\n]*\n\s*([\d.]+) min", maximum)
-    return float(found.group(1)) if found else None
+def read_queues(text: str) -> dict[str, dict[str, str]]:
+    """Read `bqueues -l`: of each queue its status, its limits by name, REQUEUE_EXIT_VALUES and TERMINATE action."""
+    queues = {}
+    for name, body in re.findall(r"^QUEUE: +(\S+)(.*?)(?=^QUEUE: |\Z)", text, re.MULTILINE | re.DOTALL):
+        found = {"is": status.group()} if (status := re.search(r"(Open|Closed):\w+", body)) else {}
+        limits = body.partition("SCHEDULING PARAMETERS")[0].rpartition("MAXIMUM LIMITS")[2]  # default ones stand before
+        for names, values in itertools.pairwise(limits.splitlines()):
+            words = names.split()
+            each = re.findall(r"[\d.]+(?: (?:min|[KMGTPE]B?)\b)?(?: of \S+)?", values)
+            if words and len(each) == len(words) and all(word.endswith("LIMIT") for word in words):
+                found |= zip(words, each, strict=True)
+        found |= re.findall(r"^\s*(REQUEUE_EXIT_VALUES|TERMINATE): *(\S.*?)\s*$", body, re.MULTILINE)
+        queues[name] = found
+    return queues
 
 
 ALL: dict[str, Scheduler] = {"slurm": Slurm(), "lsf": Lsf()}

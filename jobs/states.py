@@ -67,6 +67,9 @@ class Submission:
     def run_ids(self) -> set[str]:
         return {run_id for element in self.elements for run_id in element}
 
+    def element_of(self, run_id: str) -> list[str]:
+        return next(element for element in self.elements if run_id in element)
+
     def job_of(self) -> dict[str, str]:
         """Return run id -> the scheduler's id of its job, '' for those that were not handed over."""
         ids = [*self.jobs, *[""] * (len(self.elements) - len(self.jobs))]

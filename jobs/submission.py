@@ -1,6 +1,7 @@
 """Handing runs to a scheduler through submitit, so that no run is ever started twice."""
 
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -8,6 +9,7 @@ import sys
 import time
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -16,7 +18,6 @@ from filelock import SoftFileLock, Timeout
 from submitit.core.utils import FailedJobError, FailedSubmissionError
 
 from batchens.files import check_writable
-from batchens.results import result_path
 from batchens.run import Folders, born, read_json
 from jobs import clusters, schedulers
 from jobs.clusters import Cluster
@@ -189,6 +190,8 @@ def _submit_arrays(record: Submission, cluster: Cluster, folders: Folders, max_p
         submitted = len(record.jobs)
         record.elements = record.elements[:submitted]
         record.write()
+        if not submitted:
+            shutil.rmtree(record.folder, ignore_errors=True)
         if isinstance(error, subprocess.SubprocessError | FailedSubmissionError | FailedJobError | OSError):
             raise RuntimeError(
                 f"{submitted} array elements were submitted, then {scheduler.submit_command} failed; the same command "
@@ -240,54 +243,56 @@ def _start_local(record: Submission, cluster: Cluster, folders: Folders, workers
             record.write()
 
 
-def cancel(experiment: str, states: list[RunState], folders: Folders) -> tuple[list[str], set[str]]:
-    """Stop runs that are alive; return their ids, and why others that are alive go on.
+@dataclass
+class Stopped:
+    """What `cancel` did, as run ids; `alone` says why others that are alive go on."""
 
-    A run is marked as cancelled, so that no job takes it up; the job that is at it is told to leave it, and a job with
-    nothing else left to do is ended. What was trained up to the last whole epoch is kept.
+    now: list[str] = field(default_factory=list)
+    later: list[str] = field(default_factory=list)
+    """at the end of their epoch, for their job has other runs to do"""
+    alone: set[str] = field(default_factory=set)
+
+
+def cancel(experiment: str, states: list[RunState], chosen: Collection[str], folders: Folders) -> Stopped:
+    """Stop those of the chosen runs that are alive. What was trained up to the last whole epoch is kept.
+
+    `states` are those of all runs of the experiment. A run is marked as cancelled, so that no job takes it up and the one
+    that is at it leaves it at the end of its epoch; a job with nothing else to do is ended at once.
     """
+    stopped, ended = Stopped(), dict[str, list[str]]()
     with alone(folders, experiment):
-        stopping, ended = [], dict[str, list[str]]()
-        left_alone = set()
+        stopping = []
         for state in states:
-            if state.state not in ALIVE:
-                continue
             record = state.submission
+            if state.state not in ALIVE or state.run.id not in chosen:
+                continue
             if record is not None and record.foreign():
-                left_alone.add(f"{record.folder} was submitted on {record.host}; cancel it there")
-                continue
-            if record is None or (state.state == "running" and state.job_id not in record.jobs):
-                left_alone.add(
-                    f"{state.run.id} was started by hand, as process {state.owner.get('pid')} on {state.node}"
-                )
-                continue
-            state.run.folder.mkdir(parents=True, exist_ok=True)
-            state.run.cancelled.touch()
-            stopping.append(state)
-        for state in stopping:
-            record = state.submission
-            assert record is not None
-            if record.scheduler == "local":
-                if state.state == "running":
-                    with suppress(ProcessLookupError):
-                        os.kill(state.owner["pid"], signal.SIGUSR1)
-                continue
-            element = next(one for one in record.elements if state.run.id in one)
-            if all(_finished(folders, experiment, run_id) for run_id in element):
-                ended.setdefault(record.scheduler, []).append(state.job_id)
-            elif state.state == "running":
-                schedulers.ALL[record.scheduler].signal(state.job_id, "USR1")
+                stopped.alone.add(f"{record.folder} was submitted on {record.host}; cancel it there")
+            elif record is None or (state.state == "running" and state.job_id not in record.jobs):
+                process = f"process {state.owner.get('pid')} on {state.node}"
+                stopped.alone.add(f"{state.run.id} was started by hand, as {process}")
+            else:
+                state.run.folder.mkdir(parents=True, exist_ok=True)
+                state.run.cancelled.touch()
+                stopping.append((state, record))
+        going_on = {state.run.id for state in states if state.state in ALIVE and not state.run.cancelled.exists()}
+        for state, record in stopping:
+            # a local worker goes on to other elements, too
+            mates = record.run_ids() if record.scheduler == "local" else record.element_of(state.run.id)
+            if going_on.isdisjoint(mates):
+                stopped.now.append(state.run.id)
+                if state.job_id:
+                    ended.setdefault(record.scheduler, []).append(state.job_id)
+            else:
+                (stopped.later if state.state == "running" else stopped.now).append(state.run.id)
         for name, jobs in ended.items():
-            schedulers.ALL[name].cancel(list(dict.fromkeys(jobs)))
-    return [state.run.id for state in stopping], left_alone
-
-
-def _finished(folders: Folders, experiment: str, run_id: str) -> bool:
-    """Say whether no job needs to take up a run any more."""
-    return (
-        result_path(folders.results, experiment, run_id).exists()
-        or (folders.runs / experiment / run_id / "cancelled").exists()
-    )
+            if name == "local":
+                for pid in {int(job) for job in jobs}:
+                    with suppress(ProcessLookupError):
+                        os.kill(pid, signal.SIGTERM)
+            else:
+                schedulers.ALL[name].cancel(list(dict.fromkeys(jobs)))
+    return stopped
 
 
 @contextmanager

@@ -146,6 +146,11 @@ CNN = Config(dataset="cifar10", model="cnn", epochs=4)
 GRIDS = {
     # to try a new machine or cluster with
     "smoke": grid(replace(DEMO, epochs=2), method=["single", "batchensemble", "deep_ensemble"], seed=range(2)),
+    # to try a scheduler with: two runs of a minute that an array can be interrupted in, and 20 of a second or two
+    "cluster": [
+        *grid(replace(DEMO, epochs=500), method=["single"], seed=range(2)),
+        *grid(replace(DEMO, epochs=2), method=["single", "batchensemble"], seed=range(10)),
+    ],
     "demo": unique(
         [
             *alpha_gamma(DEMO, (-0.5, 0.5, 1.0), (-0.5, 0.5, 1.0)),

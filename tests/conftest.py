@@ -1,11 +1,83 @@
 import os
 import subprocess
 import sys
+import time
+from pathlib import Path
 
 import pytest
 from hypothesis import settings
 
 from batchens.files import ROOT
+
+
+class Place:
+    """A workplace of its own for a test: folders, and `jobs` run in them as a user would, on one grid."""
+
+    experiment = "parameter_testing"
+
+    def __init__(self, folder: Path, data: Path, grid: str = "smoke", **environment: str):
+        from batchens.run import Folders
+        from jobs.experiments import runs_of
+
+        self.grid, self.configs = grid, runs_of(self.experiment, grid)
+        self.folders = Folders(data, folder / "runs", folder / "results")
+        self.environment = os.environ | {
+            "BATCHENS_DATA": str(data),
+            "BATCHENS_RUNS": str(self.folders.runs),
+            "BATCHENS_RESULTS": str(self.folders.results),
+            "OMP_NUM_THREADS": "1",
+            **environment,
+        }
+
+    def start(self, *arguments: str) -> subprocess.Popen[str]:
+        command = [sys.executable, "-m", "jobs", *arguments]
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+        return subprocess.Popen(command, cwd=ROOT, env=self.environment, text=True, **pipes)
+
+    def jobs(self, *arguments: str, code: int = 0) -> str:
+        process = self.start(*arguments)
+        out, err = process.communicate(timeout=120)
+        assert process.returncode == code, out + err
+        return out + err
+
+    def states(self) -> dict[str, int]:
+        from jobs.states import counts, look
+
+        return counts(look(self.folders, self.experiment, self.configs))
+
+    def wait_for(self, condition: str, seconds: float = 60) -> None:
+        """Wait until a state occurs."""
+        deadline = time.monotonic() + seconds
+        while condition not in self.states():
+            assert time.monotonic() < deadline, self.states()
+            time.sleep(0.01)
+
+    def wait(self, seconds: float = 120) -> None:
+        deadline = time.monotonic() + seconds
+        while {"running", "pending"} & set(self.states()):
+            assert time.monotonic() < deadline, self.states()
+            time.sleep(0.05 if seconds <= 120 else 0.5)
+
+    def files(self) -> list[Path]:
+        return [path for folder in (self.folders.runs, self.folders.results) for path in folder.rglob("*")]
+
+    def table(self):
+        from batchens.results import read_results
+
+        return read_results(self.folders.results, self.experiment).sort_values(["run_id", "epoch", "split", "member"])
+
+    def metrics(self) -> list[object]:
+        from batchens.results import METRICS
+
+        table = self.table()
+        return table[["run_id", "epoch", "split", "member", *METRICS]].astype(str).to_numpy().tolist()
+
+
+@pytest.fixture(scope="session")
+def new_place(digits_folder):
+    """Make a workplace in a folder: `new_place(folder, grid="smoke", VARIABLE="value")`."""
+    return lambda folder, **options: Place(folder, digits_folder, **options)
+
 
 settings.register_profile("suite", derandomize=True, deadline=None, max_examples=50, database=None)
 settings.load_profile("suite")

@@ -177,10 +177,15 @@ def bjobs(arguments: list[str]) -> int:
         lost = [f"Job <{job.name}> is not found" for job in jobs if not any(map(shown, elements(job)))]
     rows = [(one, shown(one)) for job in jobs for one in elements(job) if shown(one)]
     if lean:
-        assert form == "jobid stat job_name"
+        assert form == "jobid stat exec_host job_name"
         names = [json.loads(read(one.parent / "options"))["name"] for one, _ in rows]
         records = [
-            {"JOBID": one.parent.name, "STAT": stat, "JOB_NAME": name + (f"[{one.name}]" if one.name != "0" else "")}
+            {
+                "JOBID": one.parent.name,
+                "STAT": stat,
+                "EXEC_HOST": "here" if (one / "pid").exists() else "-",
+                "JOB_NAME": name + (f"[{one.name}]" if one.name != "0" else ""),
+            }
             for (one, stat), name in zip(rows, names, strict=True)
         ]
         records += [{"JOBID": "0", "ERROR": text} for text in lost]

@@ -458,12 +458,33 @@ Sat Nov 21 07:36:39: Exited by sig
     }
 
 
+def test_a_killed_attempt_is_no_reason_for_the_end_of_the_next_one():
+    text = (
+        "Job <42>, User <u>, Project <default>\nnow: Submitted from host <h>;\nnow: Dispatched to <h>;\n"
+        "now: Signal <KILL> requested by user or administrator <u>;\nnow: Exited with exit code 130.\n"
+        "now: Pending: Requeued job is waiting for rescheduling;\nnow: Dispatched to <h>;\nnow: Exited with exit code 1.\n"
+    )
+    (info,) = lsf.read_history(text).values()
+    assert info["ExitReason"] == "" and info["ExitCode"] == "1"
+    assert lsf.exit_reason(info).kind == "error"
+
+
+START = "submitit INFO (2026-11-21 {},385) - Starting with JobEnvironment(job_id=8)\n"
+LATE = "submitit WARNING (2026-11-21 {},385) - Caught signal SIGUSR2 on node: this job is timed-out.\n"
+REPORT = (
+    "Sender: LSF System <u@h>\nSubject: Job 38: <n> Exited\n"
+    + "\n".join("abcdefghijklmnopqrstuvwxyz")
+    + "\nThe output (if any) "
+)
+
+
 @pytest.mark.parametrize(
     "kind, info, text",
     [
         ("time limit", {"ExitCode": "140"}, ""),
         ("time limit", {"ExitReason": "TERM_RUNLIMIT: job killed after", "ExitCode": "137"}, ""),
-        ("time limit", {"Stat": "DONE"}, "Caught signal SIGUSR2 on node: this job is timed-out.\n"),
+        ("time limit", {"Stat": "DONE"}, START.format("10:00:00") + LATE.format("10:05:00")),
+        ("time limit", {"Stat": "EXIT"}, START.format("10:00:00") + START.format("10:06:00") + LATE.format("10:11:00")),
         ("memory", {"ExitReason": "TERM_MEMLIMIT: job killed after", "ExitCode": "130"}, ""),
         ("memory", {"ExitCode": "137"}, "Killed\nTERM_MEMLIMIT: job killed after reaching LSF memory usage limit.\n"),
         ("cancelled", {"ExitCode": "130"}, "KeyboardInterrupt"),
@@ -473,6 +494,18 @@ Sat Nov 21 07:36:39: Exited by sig
         ("killed", {"ExitCode": "137"}, ""),
         ("lost", {"State": "LOST", "ExitReason": "nobody knows"}, ""),
         ("error", {"Stat": "EXIT", "ExitCode": "1"}, "a\nRuntimeError: CUDA out of memory"),
+        # an earlier attempt's time limit, here in stderr, which follows stdout, is not the last one's end
+        (
+            "error",
+            {"Stat": "EXIT", "ExitCode": "1"},
+            START.format("10:00:00") + START.format("10:06:00") + LATE.format("10:05:00") + "CUDA out of memory",
+        ),
+        (
+            "error",
+            {"Stat": "EXIT", "ExitCode": "3"},
+            f"CUDA out of memory\n\n{'-' * 60}\n{REPORT}is above this job summary.\n",
+        ),
+        ("error", {"Stat": "EXIT", "ExitCode": "3"}, f"{REPORT}follows:\n\nCUDA out of memory\n"),
     ],
 )
 def test_exit_reason(kind, info, text):
