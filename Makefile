@@ -3,7 +3,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: run test check bench clean
+.PHONY: run test test-slurm test-cluster check bench clean
 
 # A small array of runs on this machine, from submission to figures. Its results go to runs/results, so that those in
 # results/, which came with the project, stay as they are.
@@ -15,6 +15,15 @@ run: .venv/run
 test: .venv/dev
 	$(BIN)/python -m pytest
 
+# The life of an array and its faults on a real SLURM of one node; installs Debian's packages first (root or sudo).
+test-slurm: .venv/dev
+	$(BIN)/python tests/cluster/one_node_slurm.py install
+	$(BIN)/python -m pytest tests/cluster
+
+# The life of an array on the cluster you are logged in to, as in: make test-cluster CLUSTER=dtu-cpu
+test-cluster: .venv/dev
+	BATCHENS_TEST_CLUSTER=$(CLUSTER) $(BIN)/python -m pytest tests/cluster/test_story.py --basetemp=runs/test-cluster
+
 check: .venv/dev
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
@@ -23,6 +32,7 @@ check: .venv/dev
 bench: .venv/run
 	$(BIN)/python -m benchmarks.layers
 	$(BIN)/python -m benchmarks.training
+	$(BIN)/python -m benchmarks.scale
 
 .venv/run: requirements.txt pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv

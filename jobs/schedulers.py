@@ -301,6 +301,8 @@ class Lsf(Scheduler):
         return max(minutes) if len(minutes) == len(chosen) else None
 
     def _try(self, *command: str) -> str:
+        if not shutil.which(command[0]):
+            return ""
         ran = lsf.run(command, timeout=30)
         if ran.code is None:
             raise Unreachable(ran.err)

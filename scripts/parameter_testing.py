@@ -148,7 +148,7 @@ GRIDS = {
     "smoke": grid(replace(DEMO, epochs=2), method=["single", "batchensemble", "deep_ensemble"], seed=range(2)),
     # to try a scheduler with: two runs of a minute that an array can be interrupted in, and 20 of a second or two
     "cluster": [
-        *grid(replace(DEMO, epochs=500), method=["single"], seed=range(2)),
+        *grid(replace(DEMO, epochs=800), method=["single"], seed=range(2)),
         *grid(replace(DEMO, epochs=2), method=["single", "batchensemble"], seed=range(10)),
     ],
     "demo": unique(

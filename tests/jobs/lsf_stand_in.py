@@ -171,11 +171,13 @@ def bjobs(arguments: list[str]) -> int:
     if "-J" in rest:
         name = rest[rest.index("-J") + 1]
         jobs = [path.parent for path in ROOT.glob("*/options") if json.loads(read(path))["name"] == name]
+        rows = [(one, shown(one)) for job in jobs for one in elements(job) if shown(one)]
         lost = [] if jobs or lean else [f"Job <{name}> is not found"]
     else:
-        jobs = [ROOT / name for name in rest if name.isdigit()]
-        lost = [f"Job <{job.name}> is not found" for job in jobs if not any(map(shown, elements(job)))]
-    rows = [(one, shown(one)) for job in jobs for one in elements(job) if shown(one)]
+        names = [name for name in rest if re.fullmatch(r"\d+(\[\d+\])?", name)]
+        asked = {name: elements(ROOT / name) if name.isdigit() else [element(name)] for name in names}
+        rows = [(one, shown(one)) for ones in asked.values() for one in ones if shown(one)]
+        lost = [f"Job <{name}> is not found" for name, ones in asked.items() if not any(map(shown, ones))]
     if lean:
         assert form == "jobid stat exec_host job_name"
         names = [json.loads(read(one.parent / "options"))["name"] for one, _ in rows]

@@ -1,0 +1,183 @@
+"""What schedulers say of jobs, in one language; and arrays of `jobs` on the LSF stand-in, with what goes wrong there."""
+
+import os
+import signal
+import time
+
+import pytest
+
+from jobs import clusters, schedulers
+from jobs.clusters import Cluster
+from jobs.schedulers import Lsf, Slurm, Unreachable, slurm_minutes
+from jobs.states import look
+
+EXPERIMENT = "parameter_testing"
+
+
+# --------------------------------------------------------------------------------------------------------- SLURM
+
+
+@pytest.fixture
+def slurm(tmp_path, monkeypatch):
+    """Write what SLURM's commands answer: `slurm(squeue="...", sacct=("...", 1))`."""
+    bin_ = tmp_path / "bin"
+    bin_.mkdir()
+    monkeypatch.setenv("PATH", f"{bin_}:{os.environ['PATH']}")
+
+    def answers(**commands):
+        for name, answer in commands.items():
+            text, code = answer if isinstance(answer, tuple) else (answer, 0)
+            (tmp_path / name).write_text(text)
+            (bin_ / name).write_text(f"#!/bin/sh\ncat {tmp_path / name} {'>&2' if code else ''}\nexit {code}\n")
+            (bin_ / name).chmod(0o755)
+        return Slurm()
+
+    return answers
+
+
+OFF = ("Slurm accounting storage is disabled\n", 1)
+
+
+def test_squeue_tells_the_states(slurm):
+    said = {
+        "1_0": ("PENDING||JobArrayTaskLimit", "pending", ""),
+        "1_1": ("RUNNING|n1|None", "running", ""),
+        "1_2": ("COMPLETING|n1|None", "running", ""),
+        "1_3": ("SUSPENDED|n1|None", "running", ""),
+        "1_4": ("PENDING||BeginTime", "pending", ""),
+        "1_5": ("COMPLETED|n1|None", "ended", "lost"),
+        "1_6": ("FAILED|n1|NonZeroExitCode", "ended", "lost"),
+        "1_7": ("TIMEOUT|n1|TimeLimit", "ended", "timeout"),
+        "1_8": ("OUT_OF_MEMORY|n1|OutOfMemory", "ended", "memory"),
+        "1_9": ("CANCELLED|n1|None", "ended", "cancelled"),
+        "2": ("NODE_FAIL|n1|NodeDown", "ended", "lost"),
+    }
+    lines = [f"{job}|{line}" for job, (line, _, _) in said.items()]
+    found = slurm(squeue="\n".join(lines) + "\n1_77|RUNNING|n1|None\n", sacct=OFF).ask(dict.fromkeys(said, 0.0))
+    assert {job: (one.state, one.end) for job, one in found.items()} == {job: one[1:] for job, one in said.items()}
+    assert found["1_1"].node == "n1" and "OutOfMemory" in found["1_8"].detail
+
+
+def test_what_squeue_forgot_is_looked_up_where_there_are_accounts_and_has_ended_where_there_are_none(slurm):
+    old, young = 0.0, time.time()
+    gone = ("slurm_load_jobs error: Invalid job id specified\n", 1)
+    jobs = {"1_0": old, "1_1": old, "3": young}
+    found = slurm(squeue=gone, sacct="1_0|OUT_OF_MEMORY|n1|None\n1_1|CANCELLED by 1000|n1|None\n").ask(jobs)
+    assert [(one.state, one.end) for one in found.values()] == [
+        ("ended", "memory"),
+        ("ended", "cancelled"),
+        ("pending", ""),
+    ]
+    found = slurm(squeue=gone, sacct=OFF).ask(jobs)
+    assert [(one.state, one.end) for one in found.values()] == [("ended", "lost"), ("ended", "lost"), ("pending", "")]
+
+
+def test_no_answer_is_no_knowledge(slurm):
+    site = slurm(squeue=("slurm_load_jobs error: Unable to contact slurm controller\n", 1), sinfo=("down", 1))
+    with pytest.raises(Unreachable, match="Unable to contact"):
+        site.ask({"1_0": 0.0})
+    with pytest.raises(Unreachable):
+        site.max_minutes(clusters.load("slurm"))
+
+
+def test_the_limits_of_a_partition(slurm):
+    site = slurm(sinfo="gpu*|1-00:00:00\nshort|2:00\nfree|infinite\n", scontrol="MaxArraySize            = 501\n")
+    assert site.array_limit() == 501
+    assert site.max_minutes(Cluster("x", "slurm", 1)) == 1440
+    assert site.max_minutes(Cluster("x", "slurm", 1, options={"partition": "short,gpu"})) == 1440
+    assert site.max_minutes(Cluster("x", "slurm", 1, options={"partition": "free"})) is None
+    with pytest.raises(ValueError, match="partition must be one of gpu, short, free"):
+        site.max_minutes(Cluster("x", "slurm", 1, options={"partition": "nosuch"}))
+    assert [slurm_minutes(text) for text in ("30:00", "2:00:00", "2-01:00:00", "UNLIMITED")] == [30, 120, 2940, None]
+
+
+# ----------------------------------------------------------------------------------------------------------- LSF
+
+
+@pytest.fixture
+def lsf(either, monkeypatch):
+    monkeypatch.setattr(Lsf, "SETTLE", 0.1)
+    return either
+
+
+def test_bjobs_tells_the_states_and_history_the_rest(lsf):
+    jobs = lsf.idle(count=6)
+    for job, stat, code in zip(
+        jobs, ("PEND", "RUN", "USUSP", "DONE", "EXIT", "EXIT"), ("", "", "", "", "140", "1"), strict=True
+    ):
+        lsf.shows(job, stat, code)
+    asked = {job.job_id: 0.0 for job in jobs}
+    alive = [("pending", ""), ("running", ""), ("running", "")]
+    expected = [*alive, ("ended", "lost"), ("ended", "timeout"), ("ended", "lost")]
+    assert [(one.state, one.end) for one in Lsf().ask(asked).values()] == expected
+    lsf.fault(forgets=True)
+    found = Lsf().ask(asked)
+    assert sorted((one.state, one.end) for one in found.values()) == sorted(expected)
+    lsf.fault(no_history=True, no_accounting=True)
+    found = Lsf().ask(asked)
+    assert [found[job.job_id].state for job in jobs] == ["pending", "running", "running", "ended", "ended", "ended"]
+    assert "forgotten" in found[jobs[3].job_id].detail
+    lsf.fault(bjobs_down=True)
+    with pytest.raises(Unreachable):
+        Lsf().ask(asked)
+
+
+@pytest.fixture
+def place(stand_in, new_place, tmp_path, monkeypatch):
+    """A workplace on the stand-in, whose preset is called `site`."""
+    monkeypatch.setattr(Lsf, "SETTLE", 0.5)
+    own = tmp_path / "clusters.toml"
+    own.write_text('[site]\nscheduler = "lsf"\nhours = 1\n')
+    monkeypatch.setenv("BATCHENS_CLUSTERS", str(own))
+    monkeypatch.setenv("LSF_STAND_IN", str(tmp_path))
+    there = new_place(tmp_path / "place")
+    yield there
+    (tmp_path / "stop").touch()
+
+
+SUBMIT = ("submit", EXPERIMENT, "--grid", "smoke", "--cluster", "site")
+
+
+def test_an_array_on_lsf(place, stand_in):
+    said = place.jobs(*SUBMIT, "--max-parallel", "2")
+    assert "submitted 6 runs" in said and "jobs 1_1-6" in said
+    assert "nothing to submit" in place.jobs(*SUBMIT)
+    place.wait()
+    assert place.states() == {"done": 6}
+    assert set(place.table().job_id) == {f"1_{index}" for index in range(1, 7)}
+    assert "epoch 2 of 2" in place.jobs("logs", EXPERIMENT, "0", "--grid", "smoke")
+
+
+def test_killed_cancelled_and_forgotten_on_lsf(place, stand_in):
+    place.jobs(*SUBMIT, "--max-parallel", "1")
+    ids = list(place.configs)
+    place.wait_for("running")
+    running = next(one for one in look(place.folders, EXPERIMENT, place.configs) if one.state == "running")
+    os.kill(running.owner["pid"], signal.SIGKILL)
+    place.jobs("cancel", EXPERIMENT, ids[-1])
+    place.wait()
+    assert place.states() == {"lost": 1, "cancelled": 1, "done": 4}
+    stand_in.fault(forgets=True, no_history=True, no_accounting=True)
+    assert place.states() == {"lost": 1, "cancelled": 1, "done": 4}  # it was written down how they ended
+    stand_in.fault(forgets=0, no_history=0, no_accounting=0)
+    assert "submitted 1 runs" in place.jobs("retry", EXPERIMENT, "--grid", "smoke")
+    assert "submitted 1 runs" in place.jobs("retry", EXPERIMENT, "--grid", "smoke", "--state", "cancelled")
+    place.wait()
+    assert place.states() == {"done": 6}
+
+
+def test_an_lsf_that_does_not_answer_is_waited_for(place, stand_in):
+    place.jobs(*SUBMIT)
+    stand_in.fault(bjobs_down=True)
+    said = place.jobs("status", EXPERIMENT, "--grid", "smoke")
+    assert "can't be asked" in said and "lost" not in said
+    stand_in.fault(bjobs_down=0)
+    place.wait()
+    assert place.states() == {"done": 6}
+
+
+def test_what_the_site_refuses_is_said_in_its_words(place, stand_in):
+    stand_in.fault(esub=True)
+    said = place.jobs(*SUBMIT, code=1)
+    assert "This queue wants a project" in said and place.states() == {"missing": 6}
+    assert schedulers.ALL["lsf"].array_limit() == 1000
