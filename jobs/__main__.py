@@ -18,6 +18,7 @@ import functools
 import json
 import sys
 import time
+import tomllib
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, replace
 from datetime import UTC, datetime, timedelta
@@ -45,9 +46,11 @@ RunName = Annotated[
 ]
 Grid = Annotated[str | None, tyro.conf.arg(metavar="NAME", help="one of the script's grids; all of them when left out")]
 FOLDERS = Folders()
+PRESETS = f"one of {', '.join(tomllib.loads(clusters.SHIPPED.read_text()))}, or of your own: see jobs/clusters.toml"
+Preset = Annotated[str, tyro.conf.arg(metavar="NAME", help=PRESETS)]
 Count = Annotated[int | None, tyro.conf.arg(metavar="N")]
-Hours = Annotated[float | None, tyro.conf.arg(metavar="H", help="time limit of a job, instead of the preset's")]
-Memory = Annotated[float | None, tyro.conf.arg(metavar="GB", help="memory of a job, instead of the preset's")]
+Hours = Annotated[float | None, tyro.conf.arg(metavar="H", help="time limit of a job, at whose end it is requeued and goes on")]
+Memory = Annotated[float | None, tyro.conf.arg(metavar="GB", help="memory of a job")]
 
 MANY = 20  # runs that `cancel` stops without asking
 SHOWN = 40  # lines of the table of `status`; --json has all
@@ -64,7 +67,7 @@ def plan(experiment: Experiment, /, grid: Grid = None, folders: Folders = FOLDER
 def submit(
     experiment: Experiment,
     /,
-    cluster: Annotated[str, tyro.conf.arg(metavar="NAME", help="a preset of jobs/clusters.toml, or of your own")],
+    cluster: Preset,
     grid: Annotated[str | None, tyro.conf.arg(metavar="NAME", help="one of the script's grids")] = None,
     max_parallel: Count = None,
     runs_per_job: int = 1,
@@ -295,7 +298,7 @@ def cancel(
 
 
 def doctor(
-    cluster: Annotated[str, tyro.conf.arg(metavar="NAME", help="a preset of jobs/clusters.toml, or of your own")],
+    cluster: Preset,
     probe: bool = False,
     yes: bool = False,
     folders: Folders = FOLDERS,
