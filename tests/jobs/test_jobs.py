@@ -55,6 +55,38 @@ def test_no_more_processes_than_asked_for_and_each_run_once(finished):
     assert sorted(re.findall(r"written: .*/(.*)\.csv", logs)) == sorted(IDS)
 
 
+def test_logs_are_those_of_the_run_alone(finished):
+    said = finished.jobs("logs", EXPERIMENT, IDS[2])
+    assert "epoch 2 of 2" in said and f"written: {finished.folders.results}" in said
+    assert not any(other in said for other in IDS if other != IDS[2])
+
+
+def test_logs_can_be_followed_to_the_end_and_a_run_without_any_says_so(place):
+    assert "must have begun" in place.jobs("logs", EXPERIMENT, IDS[0], code=2)
+    place.jobs("submit", EXPERIMENT, "--grid", "smoke", "--cluster", "local", "--max-parallel", "1")
+    said = place.jobs("logs", EXPERIMENT, IDS[1], "--follow")
+    assert said.count("epoch 1 of 2") == 1 and said.count("written: ") == 1
+
+
+def test_status_as_json(finished):
+    told = json.loads(finished.jobs("status", EXPERIMENT, "--grid", "smoke", "--json"))
+    assert told["counts"] == {"done": 6} and [run["run"] for run in told["runs"]] == IDS
+
+
+@pytest.mark.parametrize("names", [(), (IDS[0],)])
+def test_cancel_of_one_or_all_and_retry(place, names):
+    place.jobs("submit", EXPERIMENT, "--grid", "smoke", "--cluster", "local", "--max-parallel", "1")
+    place.jobs("cancel", EXPERIMENT, *names)
+    place.wait()
+    states = place.states()
+    assert states["cancelled"] == (1 if names else 6 - states.get("done", 0))
+    assert "--state must name some of" in place.jobs("retry", EXPERIMENT, "--state", "done", code=2)
+    assert "nothing to submit" in place.jobs("retry", EXPERIMENT, "--grid", "smoke")
+    place.jobs("retry", EXPERIMENT, "--grid", "smoke", "--state", "cancelled")
+    place.wait()
+    assert place.states() == {"done": 6}
+
+
 def test_plan_and_dry_run_write_nothing(place):
     said = place.jobs("plan", EXPERIMENT, "--grid", "smoke")
     assert all(run_id in said for run_id in IDS) and "6 missing" in said

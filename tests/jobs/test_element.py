@@ -1,0 +1,76 @@
+"""What a job does in its time: several runs, none that no time is left for, none that was cancelled."""
+
+import signal
+import time
+
+import pytest
+
+from batchens.run import Run
+from jobs.element import Element, OutOfTime, work
+
+EXPERIMENT = "parameter_testing"
+
+
+@pytest.fixture
+def place(new_place, tmp_path):
+    return new_place(tmp_path)
+
+
+@pytest.fixture
+def requeued():
+    """SIGUSR2, by which a job has itself requeued, ends the work with this."""
+
+    class Requeued(BaseException):
+        pass
+
+    def handler(number, frame):
+        raise Requeued
+
+    before = signal.signal(signal.SIGUSR2, handler)
+    yield Requeued
+    signal.signal(signal.SIGUSR2, before)
+
+
+def test_runs_that_the_remaining_time_may_not_hold_are_handed_on(place, requeued):
+    ids = list(place.configs)[:2]
+    assert work(EXPERIMENT, [ids[:1]], None, place.folders, until=time.time()) == 1  # a first run has no measure
+    for run_id in ids[:1]:
+        Run(EXPERIMENT, place.configs[run_id], place.folders).result.unlink()
+    with pytest.raises(requeued):
+        work(EXPERIMENT, [ids], None, place.folders, until=time.time() + 0.1)
+    assert place.states() == {"done": 1, "missing": 5}
+    assert work(EXPERIMENT, [ids], None, place.folders, until=time.time() + 600) == 2
+    assert place.states() == {"done": 2, "missing": 4}
+
+
+def test_a_cancelled_run_is_passed_over(place, capsys):
+    ids = list(place.configs)[:2]
+    run = Run(EXPERIMENT, place.configs[ids[0]], place.folders)
+    run.folder.mkdir(parents=True)
+    run.cancelled.touch()
+    work(EXPERIMENT, [ids], None, place.folders)
+    assert f"cancelled: {ids[0]}" in capsys.readouterr().out
+    assert place.states() == {"done": 1, "cancelled": 1, "missing": 4}
+
+
+def test_a_job_whose_time_holds_no_epoch_is_not_requeued_for_ever(place):
+    ids = list(place.configs)[:1]
+    run = Run(EXPERIMENT, place.configs[ids[0]], place.folders)
+    element = Element(EXPERIMENT, place.folders, minutes=10)
+    element.started = time.time() - 590
+    with pytest.raises(OutOfTime, match="--hours"):
+        element.checkpoint(ids)
+    run.folder.mkdir(parents=True)
+    run.checkpoint.touch()  # an epoch was finished
+    again = element.checkpoint(ids)
+    assert again.args == (ids,) and isinstance(again.function, Element)
+    run.checkpoint.unlink()
+    element.started = time.time() - 60  # preempted, long before its time was up
+    assert element.checkpoint(ids).args == (ids,)
+
+
+def test_a_run_that_is_no_longer_in_a_grid_fails_alone(place, capsys):
+    ids = list(place.configs)
+    with pytest.raises(RuntimeError, match="1 of 2 runs failed: gone"):
+        work(EXPERIMENT, [["gone", ids[0]]], None, place.folders)
+    assert "its grid changed" in capsys.readouterr().err and place.states() == {"done": 1, "missing": 5}
