@@ -308,7 +308,7 @@ class _Checkpoint:
             torch.set_rng_state(state["torch"])
             if state["cuda"] is not None:
                 torch.cuda.set_rng_state(state["cuda"], self.draws.device)
-        except (RuntimeError, KeyError, TypeError, ValueError, EOFError, pickle.UnpicklingError) as error:
+        except (RuntimeError, LookupError, TypeError, ValueError, EOFError, pickle.UnpicklingError) as error:
             reason = " ".join(str(error).split())[:200]
             raise ValueError(
                 f"the checkpoint {self.path} can't be gone on from; delete it to start the run again from its beginning (it "

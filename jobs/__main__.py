@@ -2,7 +2,7 @@
 
     python -m jobs plan   parameter_testing --grid demo
     python -m jobs submit parameter_testing --grid demo --cluster local
-    python -m jobs status parameter_testing --watch
+    python -m jobs status parameter_testing --grid demo --watch
     python -m jobs logs   parameter_testing digits-cnn-single-m1-lr0.1-e8-s0 --follow
     python -m jobs retry  parameter_testing --state timeout,memory --hours 8 --mem-gb 32
     python -m jobs cancel parameter_testing
@@ -16,13 +16,15 @@ No command but `run` imports torch.
 import csv
 import functools
 import json
+import shlex
 import sys
 import time
 import tomllib
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, replace
 from datetime import UTC, datetime, timedelta
-from typing import Annotated
+from typing import Annotated, Any
 
 import tyro
 from tqdm import tqdm
@@ -35,7 +37,7 @@ from jobs.logs import show as show_log
 from jobs.schedulers import Job, Unreachable
 from jobs.states import ALIVE, RETRIED, STATES, RunState, counts, look
 from jobs.submission import cancel as cancel_runs
-from jobs.submission import chunks_of, elements_of, todo_of
+from jobs.submission import check_site, chunks_of, elements_of, todo_of
 from jobs.submission import submit as submit_runs
 
 Experiment = Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="EXPERIMENT", help="name of a script")]
@@ -49,15 +51,18 @@ FOLDERS = Folders()
 PRESETS = f"one of {', '.join(tomllib.loads(clusters.SHIPPED.read_text()))}, or of your own: see jobs/clusters.toml"
 Preset = Annotated[str, tyro.conf.arg(metavar="NAME", help=PRESETS)]
 Count = Annotated[int | None, tyro.conf.arg(metavar="N")]
-Hours = Annotated[float | None, tyro.conf.arg(metavar="H", help="time limit of a job, at whose end it is requeued and goes on")]
-Memory = Annotated[float | None, tyro.conf.arg(metavar="GB", help="memory of a job")]
+Runs = Annotated[int, tyro.conf.arg(metavar="K")]
+Hours = Annotated[
+    float | None, tyro.conf.arg(metavar="H", help="time limit of a job, at which it is requeued; else the preset's")
+]
+Memory = Annotated[float | None, tyro.conf.arg(metavar="GB", help="memory of a job; else the preset's")]
 
 MANY = 20  # runs that `cancel` stops without asking
 SHOWN = 40  # lines of the table of `status`; --json has all
 
 
 def plan(experiment: Experiment, /, grid: Grid = None, folders: Folders = FOLDERS) -> None:
-    """Show every run of a grid with its number and state; write nothing."""
+    """Show every run of a grid with its number and state; start nothing."""
     found = _look(folders, experiment, grid)
     for number, state in enumerate(found):
         print(f"{number:5} {state.state:9} {state.run.id}")
@@ -68,9 +73,11 @@ def submit(
     experiment: Experiment,
     /,
     cluster: Preset,
-    grid: Annotated[str | None, tyro.conf.arg(metavar="NAME", help="one of the script's grids")] = None,
+    grid: Annotated[
+        str | None, tyro.conf.arg(metavar="NAME", help="one of the script's grids; must be given if it has several")
+    ] = None,
     max_parallel: Count = None,
-    runs_per_job: int = 1,
+    runs_per_job: Runs = 1,
     hours: Hours = None,
     mem_gb: Memory = None,
     dry_run: bool = False,
@@ -81,7 +88,7 @@ def submit(
     Args:
         max_parallel: runs at once; on this machine by default one for each GPU, else one for each core, at most 4
         runs_per_job: runs that one array element does, one after another in one process
-        dry_run: show what would be submitted and write nothing
+        dry_run: show what would be submitted, with the script, and submit nothing
     """
     grids = experiments.script(experiment).GRIDS
     if grid is None and len(grids) > 1:
@@ -97,7 +104,7 @@ def retry(
     state: Annotated[str, tyro.conf.arg(metavar="STATE,...")] = ",".join(RETRIED),
     cluster: Annotated[str | None, tyro.conf.arg(metavar="NAME")] = None,
     max_parallel: Count = None,
-    runs_per_job: int = 1,
+    runs_per_job: Runs = 1,
     hours: Hours = None,
     mem_gb: Memory = None,
     dry_run: bool = False,
@@ -105,24 +112,29 @@ def retry(
 ) -> None:
     """Submit again what did not end well, to go on from its last checkpoint; with more time or memory where asked.
 
+    What is not given is the preset's again, not the last submission's.
+
     Args:
         state: what to submit again, of failed, timeout, memory, cancelled, lost and damaged
         cluster: where to; by default where it was last
         max_parallel: runs at once
         runs_per_job: runs that one array element does, one after another in one process
-        dry_run: show what would be submitted and write nothing
+        dry_run: show what would be submitted, with the script, and submit nothing
     """
     chosen = [name.strip() for name in state.split(",")]
     allowed = [*RETRIED, "cancelled"]
     if unknown := [name for name in chosen if name not in allowed]:
         raise ValueError(f"--state must name some of {', '.join(allowed)}; however: {', '.join(unknown)}")
-    found = [one for one in _look(folders, experiment, grid) if one.state in chosen]
+    found = [one for one in _look(folders, experiment, grid) if one.state in chosen and not one.held]
+    if not found:
+        print(f"nothing to submit: no run is {' or '.join(chosen)}")
+        return
     before = sorted({one.submission.cluster for one in found if one.submission})
     if cluster is None and len(before) > 1:
         raise ValueError(f"these runs were on {' and '.join(before)}, so say where they go now: --cluster NAME")
-    if cluster is None and not before and found:
+    if cluster is None and not before:
         raise ValueError("these runs were never submitted, so say where they go now: --cluster NAME")
-    preset = clusters.load(cluster or (before[0] if before else "local"), hours=hours, mem_gb=mem_gb)
+    preset = clusters.load(cluster or before[0], hours=hours, mem_gb=mem_gb)
     _hand_over(experiment, grid, preset, max_parallel, runs_per_job, dry_run, folders, chosen)
 
 
@@ -141,6 +153,8 @@ def _hand_over(
             raise ValueError(f"{name} must be at least 1, however: {value}")
     configs = experiments.runs_of(experiment, grid)
     if dry_run:
+        if cluster.scheduler == "local" or schedulers.ALL[cluster.scheduler].there():
+            check_site(experiment, cluster, folders)
         found = look(folders, experiment, configs)
         print(_summary(experiment, grid, found))
         _show_plan(experiment, grid, cluster, max_parallel, runs_per_job, folders, todo_of(found, only))
@@ -149,6 +163,9 @@ def _hand_over(
     if record is None:
         found = look(folders, experiment, configs)
         print(f"nothing to submit: {_summary(experiment, grid, found)}")
+        if held := [state for state in found if state.held]:
+            jobs = _ranges(sorted({one.job_id for one in held}))
+            print(f"{len(held)} cancelled runs can be submitted when their jobs have ended: {jobs}")
         _mention_foreign(found)
         return
     where = f"{len(record.jobs)} at once" if cluster.scheduler == "local" else f"jobs {_ranges(record.jobs)}"
@@ -165,7 +182,7 @@ def _show_plan(
     max_parallel: int | None,
     runs_per_job: int,
     folders: Folders,
-    todo: list[str],
+    todo: list[RunState],
 ) -> None:
     elements = elements_of(todo, runs_per_job)
     print(f"would submit {len(todo)} runs in {len(elements)} elements to {cluster.name}: ", end="")
@@ -175,8 +192,8 @@ def _show_plan(
     else:
         print(f"{cluster.gpus} GPUs, {cluster.cpus} cores, {cluster.mem_gb or '?'} GB and {cluster.hours:g} hours each")
     print(f"folders: {folders.data}, {folders.runs}, {folders.results}")
-    for run_id in todo[:10]:
-        print(f"  python -m jobs run {experiment} {run_id}")
+    for state in todo[:10]:
+        print(f"  python -m jobs run {experiment} {state.run.id}{_options(None, folders)}")
     if len(todo) > 10:
         print(f"  and {len(todo) - 10} more: python -m jobs plan {experiment}{_options(grid, folders)}")
     if cluster.scheduler == "local" or not elements:
@@ -228,7 +245,7 @@ def logs(
     """
     run_id, config = experiments.find(experiment, name, grid)
     patient = _Patient()
-    show_log(lambda: look(folders, experiment, {run_id: config}, patient)[0], follow)
+    show_log(lambda: _look_at(folders, experiment, {run_id: config}, patient)[0], follow)
 
 
 def run(
@@ -271,8 +288,8 @@ def cancel(
         yes: do not ask first
     """
     chosen = dict(experiments.find(experiment, name, grid) for name in names) or experiments.runs_of(experiment, grid)
-    found = look(folders, experiment, experiments.runs_of(experiment))
-    alive = [state for state in found if state.state in ALIVE and state.run.id in chosen]
+    configs = experiments.runs_of(experiment)
+    alive = [state for state in look(folders, experiment, configs) if state.state in ALIVE and state.run.id in chosen]
     if len(alive) > MANY and not yes:
         if not sys.stdin.isatty():
             raise ValueError(
@@ -281,16 +298,22 @@ def cancel(
         if input(f"stop {len(alive)} runs of {experiment}? [y/N] ").strip().lower() not in ("y", "yes"):
             print("nothing was stopped")
             return
-    stopped = cancel_runs(experiment, found, chosen.keys(), folders)
     local = {one.run.id for one in alive if one.submission and one.submission.scheduler == "local"}
+    stopped = cancel_runs(experiment, configs, chosen.keys(), folders)
     deadline = time.monotonic() + 30
-    told = {run_id: chosen[run_id] for run_id in stopped.now if run_id in local}
-    while any(one.state in ALIVE for one in look(folders, experiment, told)):
+    while waiting := local & set(stopped.now):
+        found = look(folders, experiment, configs)
+        still = [one for one in found if one.state in ALIVE]
+        # workers that have other runs to do live on
+        if not any(one.run.id in waiting and (one.state in ALIVE or (one.held and not still)) for one in found):
+            break
         if time.monotonic() > deadline:
-            raise RuntimeError(f"some of these runs were told to stop and have not within 30 s: {', '.join(told)}")
+            raise RuntimeError(f"some of these runs were told to stop and have not within 30 s: {', '.join(waiting)}")
         time.sleep(0.1)
-    if stopped.now or not stopped.later:
-        print(f"stopped {len(stopped.now)} runs" if stopped.now else f"no job of {experiment} is alive")
+    if stopped.now:
+        print(f"stopped {len(stopped.now)} runs")
+    elif not stopped.later and not stopped.alone:
+        print(f"no job of {experiment} is alive")
     if stopped.later:
         print(f"{len(stopped.later)} stop at the end of their epoch, for their jobs have more to do")
     for why in sorted(stopped.alone):
@@ -331,19 +354,22 @@ class _Patient:
 
 
 def _look(folders: Folders, experiment: str, grid: str | None, ask: states.Ask = states.ask) -> list[RunState]:
-    """Look at the runs of a grid; where the scheduler does not answer, say so and take its jobs for alive."""
-    configs = experiments.runs_of(experiment, grid)
+    return _look_at(folders, experiment, experiments.runs_of(experiment, grid), ask)
+
+
+def _look_at(folders: Folders, experiment: str, configs: Mapping[str, Any], ask: states.Ask) -> list[RunState]:
+    """Look at runs; where the scheduler does not answer, say so and take its jobs for alive."""
     try:
         return look(folders, experiment, configs, ask)
     except Unreachable as error:
         print(f"the scheduler can't be asked, so its jobs are taken for alive: {error}", file=sys.stderr)
-        return look(folders, experiment, configs, lambda name, jobs: dict.fromkeys(jobs, Job("running")))
+        return look(folders, experiment, configs, lambda name, jobs: dict.fromkeys(jobs, Job("running", told=False)))
 
 
 def _watch(folders: Folders, experiment: str, grid: str | None) -> list[RunState]:
     patient = _Patient()
-    found = _look(folders, experiment, grid, patient)
     try:
+        found = _look(folders, experiment, grid, patient)
         with tqdm(total=len(found), unit="run", disable=None) as bar:
             while any(state.state in ALIVE for state in found):
                 by_state = counts(found)
@@ -362,6 +388,8 @@ def _watch(folders: Folders, experiment: str, grid: str | None) -> list[RunState
 
 def _print_table(experiment: str, grid: str | None, found: list[RunState], folders: Folders) -> None:
     print(_summary(experiment, grid, found))
+    if waiting := Counter(one.reason for one in found if one.state == "pending" and one.reason):
+        print("pending: " + ", ".join(f"{number} {reason}" for reason, number in waiting.most_common(5)))
     order = list(STATES)
     shown = [state for state in found if state.state not in ("done", "pending", "missing")]
     shown.sort(key=lambda state: order.index(state.state))
@@ -406,12 +434,14 @@ def _print_json(experiment: str, grid: str | None, found: list[RunState]) -> Non
 
 
 def _mention_foreign(found: list[RunState]) -> None:
-    """Say which submissions keep runs pending or running on hosts that can't be asked from here."""
-    for record in {
-        one.submission.path: one.submission for one in found if one.submission and one.state in ALIVE
-    }.values():
+    """Say what keeps runs pending or running on hosts that can't be asked from here."""
+    alive = [one for one in found if one.state in ALIVE]
+    for record in {one.submission.path: one.submission for one in alive if one.submission}.values():
         if record.foreign():
-            print(f"submitted on {record.host}, which can't be asked from here: if dead, delete {record.folder}")
+            print(
+                f"submitted on {record.host}, which can't be asked from here: if dead, delete {record.folder} and, in the "
+                "folders of its runs, claim.json"
+            )
 
 
 def _summary(experiment: str, grid: str | None, states: list[RunState]) -> str:
@@ -463,7 +493,11 @@ def _ranges(jobs: Iterable[str]) -> str:
 
 def _options(grid: str | None, folders: Folders) -> str:
     """Return the options with which another command means the same runs."""
-    moved = [f" --{name} {path}" for name, path in asdict(folders).items() if path != getattr(FOLDERS, name)]
+    moved = [
+        f" --{name} {shlex.quote(str(path))}"
+        for name, path in asdict(folders).items()
+        if path != getattr(FOLDERS, name)
+    ]
     return (f" --grid {grid}" if grid else "") + "".join(moved)
 
 

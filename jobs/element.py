@@ -1,6 +1,7 @@
 """What an array element does: its runs, one after another, in one process."""
 
 import json
+import math
 import os
 import signal
 import socket
@@ -35,11 +36,13 @@ class Element:
 
     def __init__(self, experiment: str, folders: Folders, minutes: int):
         self.experiment, self.folders, self.minutes = experiment, folders, minutes
+        self.submitted = time.time()
         self.started = 0.0
 
     def __call__(self, runs: list[str]) -> int:
         self.started = time.time()
-        return work(self.experiment, [runs], None, self.folders, until=self.started + 60 * self.minutes)
+        until = self.started + 60 * self.minutes
+        return work(self.experiment, [runs], None, self.folders, since=self.submitted, until=until)
 
     def checkpoint(self, runs: list[str]) -> DelayedSubmission:
         elapsed = time.time() - self.started
@@ -52,15 +55,23 @@ class Element:
         # half of the time, since a limit of a minute or two is warned of up to a minute before
         if elapsed > 30 * self.minutes and not any(p.exists() and p.stat().st_mtime > self.started for p in marks):
             raise OutOfTime(f"not one epoch was finished in the job's {self.minutes} minutes; retry with more: --hours")
-        return DelayedSubmission(Element(self.experiment, self.folders, self.minutes), runs)
+        return DelayedSubmission(self, runs)
 
 
-def work(experiment: str, elements: list[list[str]], queue: Path | None, folders: Folders, until: float = 0) -> int:
+def work(
+    experiment: str,
+    elements: list[list[str]],
+    queue: Path | None,
+    folders: Folders,
+    since: float = math.inf,
+    until: float = math.inf,
+) -> int:
     """Do the elements' runs and return how many ended well; a failing run does not stop the next one.
 
     `queue` is a folder that several workers on one machine share: each takes an element there before it starts on it.
-    `until` is the job's time limit (seconds since 1970): a run that would take as long as the longest of those before it
-    is not started when that is too long; the job is requeued instead, as at its limit.
+    A run that has failed since the submission (`since`, seconds since 1970), before the job was requeued, is not repeated.
+    `until` is the job's time limit: a run that would take as long as the longest of those before it is not started when
+    that is too long; the job is requeued instead, as at its limit.
 
     Raises:
         RuntimeError: at the end, when a run failed, so that the scheduler calls the job failed too.
@@ -74,15 +85,19 @@ def work(experiment: str, elements: list[list[str]], queue: Path | None, folders
             continue
         for run_id in element:
             began = time.time()
-            if until and longest and began + longest > until:
-                print(f"the {until - began:.0f} s left may not hold a run of {longest:.0f} s: requeued", flush=True)
-                signal.raise_signal(signal.SIGUSR2)
             try:
+                if longest and began + longest > until:
+                    print(f"the {until - began:.0f} s left may not hold a run of {longest:.0f} s: requeued", flush=True)
+                    _requeue()
                 if run_id not in known:
                     raise ValueError(
                         f"{run_id} is no run of {experiment} any more: its grid changed after the submission"
                     )
-                _one(script, Run(experiment, known[run_id], folders, run_id))
+                run = Run(experiment, known[run_id], folders, run_id)
+                if run.failure.exists() and run.failure.stat().st_mtime > since:
+                    failed.append(run_id)
+                    continue
+                _one(script, run)
                 done += 1
                 longest = max(longest, time.time() - began)
             except InUse as elsewhere:
@@ -98,6 +113,16 @@ def work(experiment: str, elements: list[list[str]], queue: Path | None, folders
             f"{len(failed)} of {done + len(failed)} runs failed: {', '.join(failed)}; their logs are above"
         )
     return done
+
+
+def _requeue() -> None:
+    """Have this job put back into the queue, as submitit does at the time limit; where that is refused, go on."""
+    try:
+        signal.raise_signal(signal.SIGUSR2)
+    except UncompletedJobError:
+        raise
+    except Exception as refused:
+        print(f"not requeued: {refused}", flush=True)
 
 
 def _one(script: ModuleType, run: Run) -> None:

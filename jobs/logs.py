@@ -19,11 +19,13 @@ def show(look: Callable[[], RunState], follow: bool) -> None:
         ValueError: it has none; the text says why.
     """
     state = look()
-    shown = 0
+    shown, head = 0, ""
     while True:
         text = of_run(state)
+        if text.partition("\n")[0] != head:  # a requeued run begins a new part
+            shown, head = 0, text.partition("\n")[0]
         print(text[shown:], end="", flush=True)
-        shown = len(text) if len(text) >= shown else 0  # a requeued run begins a new part
+        shown = len(text)
         if not follow or state.state not in ALIVE:
             break
         time.sleep(1)

@@ -36,6 +36,8 @@ class Job:
     detail: str = ""
     """for people"""
     node: str = ""
+    told: bool = True
+    """the scheduler said so; not: it has ended, for the scheduler knows nothing of it"""
 
 
 class Scheduler(ABC):
@@ -57,8 +59,10 @@ class Scheduler(ABC):
                 f"preset {cluster.name} wants {self.submit_command} on PATH, as on a login node of a cluster, however it is not"
             )
         options = {**self.defaults(), **cluster.options}
+        if isinstance(more := cluster.options.get("additional_parameters"), dict):
+            options["additional_parameters"] = {**self.defaults().get("additional_parameters", {}), **more}
         # on a node without affinity torch would take every core, whatever the job asked for
-        options["setup"] = [f'export OMP_NUM_THREADS="${{OMP_NUM_THREADS:-{cluster.cpus}}}"', *cluster.setup]
+        options["setup"] = [f"export OMP_NUM_THREADS={cluster.cpus}", *cluster.setup]
         if parallel:
             options["array_parallelism"] = parallel
         try:
@@ -142,12 +146,17 @@ class Slurm(Scheduler):
 
     def executor(self, folder: Path, cluster: Cluster, name: str, parallel: int | None = None) -> Any:
         executor = super().executor(folder, cluster, name, parallel)
+        if "srun_args" not in cluster.options:  # which from 22.05 on does not inherit it from sbatch
+            executor._executor.parameters["srun_args"] = [f"--cpus-per-task={cluster.cpus}"]
         if "wckey" not in cluster.options:
             executor._executor.parameters["wckey"] = None  # submitit's own key is refused by sites that track such keys
         return executor
 
     def defaults(self) -> dict[str, Any]:
-        return {"array_parallelism": 100_000}  # submitit's own is 256
+        return {
+            "array_parallelism": 100_000,  # submitit's own is 256
+            "additional_parameters": {"requeue": True},  # where JobRequeue=0 a job can't be requeued without it
+        }
 
     def script(self, folder: Path, cluster: Cluster, name: str, count: int, parallel: int | None) -> str:
         executor = self.executor(folder, cluster, name, parallel or count)._executor
@@ -164,7 +173,7 @@ class Slurm(Scheduler):
     def max_minutes(self, cluster: Cluster) -> float | None:
         wanted = cluster.options.get("partition")
         limits = {}
-        ran = _run(["sinfo", "--noheader", "--format=%P|%l"])
+        ran = _run(["sinfo", "--all", "--noheader", "--format=%P|%l"])
         if ran.returncode:
             raise Unreachable(f"sinfo failed: {ran.stderr.strip()}")
         for line in ran.stdout.splitlines():
@@ -199,7 +208,9 @@ class Slurm(Scheduler):
         forgotten = [job for job in jobs if job not in seen]
         if old := [job for job in forgotten if time.time() - jobs[job] > YOUNG]:
             past = self._accounted(old)
-            seen |= {job: past.get(job, Job("ended", "lost", "SLURM has forgotten how it ended")) for job in old}
+            seen |= {
+                job: past.get(job, Job("ended", "lost", "SLURM has forgotten how it ended", told=False)) for job in old
+            }
         return seen | {job: Job("pending") for job in forgotten if job not in seen}
 
     def _job(self, state: str, node: str, reason: str) -> Job:
@@ -328,7 +339,7 @@ class Lsf(Scheduler):
             if job in past:
                 seen[job] = self._job(past[job])
             elif self._watcher.query(lsf.lsf_id(job)).sure:
-                seen[job] = Job("ended", "lost", "LSF has forgotten how it ended")
+                seen[job] = Job("ended", "lost", "LSF has forgotten how it ended", told=False)
         return seen | {job: Job("pending") for job in forgotten if job not in seen}
 
     def _infos(self, jobs: Sequence[str]) -> dict[str, lsf.Info]:
@@ -356,7 +367,9 @@ class Lsf(Scheduler):
             raise Unreachable(str(error)) from error
 
     def cancel_named(self, name: str) -> None:
-        lsf.run(["bkill", "-J", f"{name}*", "0"])
+        ran = lsf.run(["bkill", "-J", f"{name}*", "0"])
+        if ran.code != 0 and not re.search("no matching|no unfinished|not found", ran.text, re.IGNORECASE):
+            raise Unreachable(f"bkill failed: {ran.text}")
 
 
 def read_queues(text: str) -> dict[str, dict[str, str]]:

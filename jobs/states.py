@@ -3,7 +3,8 @@
 import json
 import os
 import socket
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ STATES = {
     "missing": "nobody has tried it",
 }
 ALIVE = ("running", "pending")
+LOCK = "submit.lock"
 RETRIED = ("failed", "timeout", "memory", "lost", "damaged")
 
 Ask = Callable[[str, Mapping[str, float]], dict[str, Job]]
@@ -67,17 +69,16 @@ class Submission:
     def run_ids(self) -> set[str]:
         return {run_id for element in self.elements for run_id in element}
 
-    def element_of(self, run_id: str) -> list[str]:
-        return next(element for element in self.elements if run_id in element)
-
     def job_of(self) -> dict[str, str]:
         """Return run id -> the scheduler's id of its job, '' for those that were not handed over."""
         ids = [*self.jobs, *[""] * (len(self.elements) - len(self.jobs))]
         return {run_id: job for job, element in zip(ids, self.elements, strict=False) for run_id in element}
 
     def being_submitted(self) -> bool:
-        """Say whether its submitter still lives; on another host that can't be known: yes."""
-        return len(self.jobs) < len(self.elements) and owner_alive({"host": self.host, "job_id": "", **self.submitter})
+        """Say whether its submitter is still at it: then it holds the lock, and lives or is on another host."""
+        lock = self.path.parents[2] / LOCK
+        owner = {"host": self.host, "job_id": "", **self.submitter}
+        return len(self.jobs) < len(self.elements) and lock.exists() and owner_alive(owner)
 
     # of a local one
 
@@ -122,6 +123,8 @@ class RunState:
     """the last one that it was in"""
     job_id: str = ""
     node: str = ""
+    held: bool = False
+    """it was cancelled, and its job still lives: until that has ended, nobody else may take it up"""
 
 
 def ask(scheduler: str, jobs: Mapping[str, float]) -> dict[str, Job]:
@@ -140,7 +143,7 @@ def look(folders: Folders, experiment: str, configs: Mapping[str, Config], ask: 
     states, open_ = [], []
     for run_id, config in configs.items():
         run = Run(experiment, config, folders, run_id)
-        damage = results.damage(run.result) if run.result.name in written else None
+        damage = _damage(run.result) if run.result.name in written else None
         done = run.result.name in written and damage is None
         state = RunState(run, "done" if done else "damaged" if damage else "missing", damage or "")
         state.submission = last.get(run_id)
@@ -148,8 +151,25 @@ def look(folders: Folders, experiment: str, configs: Mapping[str, Config], ask: 
         if not done and (state.submission or run_id in begun):
             open_.append(state)
     if open_:
-        _look_closer(open_, records, ask)
+        _look_closer(open_, begun, records, ask)
+    for state in open_:  # of those that nobody works on some may have been finished since we began to look
+        if state.state not in (*ALIVE, "damaged") and state.run.done():
+            state.state, state.reason = "done", ""
     return states
+
+
+_whole: dict[Path, tuple[int, int]] = {}
+
+
+def _damage(path: Path) -> str | None:
+    """Return why a file is no complete result; one that was found complete is read again when it has changed only."""
+    status = path.stat()
+    if _whole.get(path) == (status.st_mtime_ns, status.st_size):
+        return None
+    damage = results.damage(path)
+    if damage is None:
+        _whole[path] = (status.st_mtime_ns, status.st_size)
+    return damage
 
 
 def _names(folder: Path) -> set[str]:
@@ -159,56 +179,69 @@ def _names(folder: Path) -> set[str]:
         return set()
 
 
-def _look_closer(states: list[RunState], records: list[Submission], ask: Ask) -> None:
-    """Find out what became of runs that were begun or submitted and have no result."""
+def _look_closer(states: list[RunState], begun: set[str], records: list[Submission], ask: Ask) -> None:
+    """Find out what became of runs that were begun (have a folder) or submitted, and have no result."""
     local = {record.path: record for state in states if (record := state.submission) and record.scheduler == "local"}
     alive = {path: record.alive() for path, record in local.items()}
     takers = {path: record.takers() if alive[path] else {} for path, record in local.items()}
     job_of = {record.path: record.job_of() for record in records if record.scheduler != "local"}
     home = {job: record for record in records if record.scheduler != "local" for job in record.jobs}
-    claims = {state.run.id: read_json(state.run.claim) for state in states}
 
     wanted: dict[str, None] = {}
     for state in states:
+        state.owner = read_json(state.run.claim) if state.run.id in begun else {}
+        holder = state.owner.get("job_id", "")
         if (record := state.submission) and record.scheduler != "local":
             state.job_id = job_of[record.path][state.run.id]
-        wanted |= dict.fromkeys([state.job_id, claims[state.run.id].get("job_id", "")])
-    seen = _ask(records, {job: home[job] for job in wanted if job in home}, ask)
-
+            if holder:  # of a job whose id its submitter did not live to write down
+                home.setdefault(holder, record)
+        wanted |= dict.fromkeys([state.job_id, holder])
+    # what holds a run on another host is asked for again, though it was seen to end: it may have been put back by hand
+    elsewhere = {one.owner["job_id"] for one in states if one.owner and one.owner["host"] != socket.gethostname()}
+    seen = _ask({job: home[job] for job in wanted if job in home}, elsewhere, ask)
     for state in states:
-        run, record, claim = state.run, state.submission, claims[state.run.id]
-        state.progress, state.owner = read_json(run.progress), claim
-        job = seen.get(state.job_id)
-        if claim and _alive(claim, seen):
+        record, there = state.submission, state.run.id in begun
+        if there:
+            state.progress = read_json(state.run.progress)
+        if state.owner and _alive(state.owner, seen):
             state.state, state.reason = "running", ""
-            state.job_id, state.node = claim["job_id"] or state.job_id, claim["host"]
+            state.job_id, state.node = state.owner["job_id"] or state.job_id, state.owner["host"]
             continue
         if record is None:
             waits = False
         elif record.scheduler == "local":
-            taker = takers[record.path].get(run.id)
+            taker = takers[record.path].get(state.run.id)
             waits = alive[record.path] and (taker is None or owner_alive(taker))
         elif state.job_id:
-            waits = job is not None and job.state != "ended"
+            waits = seen[state.job_id].state != "ended"
         else:
             waits = record.being_submitted()
-        failed, reason = _failure(run)
-        cancelled = run.cancelled.exists()
-        if waits and record is not None and failed < record.submitted and not cancelled:
-            state.state, state.reason = "pending", job.detail if job else ""
-        elif state.state == "damaged":
-            pass
-        elif cancelled:
-            state.state = "cancelled"
-        elif failed:
-            state.state, state.reason = (
-                "timeout" if reason.startswith(("OutOfTime", "Uncompleted")) else "failed",
-                reason,
-            )
-        elif job is not None:
-            state.state, state.reason, state.node = job.end, job.detail, job.node
-        elif claim or run.checkpoint.exists() or (record is not None and record.scheduler == "local"):
-            state.state, state.reason = "lost", "its process is gone: killed, or out of memory"
+        _judge(state, there, waits, seen.get(state.job_id))
+
+
+def _judge(state: RunState, there: bool, waits: bool, job: Job | None) -> None:
+    """Set the state of a run that nobody works on just now; `there`: it has a folder; `waits`: its job lives."""
+    run, since = state.run, state.submission.submitted if state.submission else 0.0
+    failed, reason = _failure(run) if there else (0.0, "")
+    cancelled = there and run.cancelled.exists()
+    state.held = cancelled and waits
+    if waits and not cancelled and failed < since:
+        state.state, state.reason = "pending", job.detail if job else ""
+    elif state.state == "damaged":
+        pass
+    elif cancelled:
+        state.state = "cancelled"
+    elif failed and (job is None or failed >= since):
+        late = reason.startswith(("OutOfTime", "UncompletedJobError"))
+        state.state, state.reason = "timeout" if late else "failed", reason
+    elif job is not None:
+        state.state, state.reason, state.node = job.end or "lost", job.detail, job.node
+    elif (
+        state.owner
+        or (there and run.checkpoint.exists())
+        or (state.submission and state.submission.scheduler == "local")
+    ):
+        state.state, state.reason = "lost", "its process is gone: killed, or out of memory"
 
 
 def _alive(claim: dict[str, Any], seen: Mapping[str, Job]) -> bool:
@@ -218,26 +251,29 @@ def _alive(claim: dict[str, Any], seen: Mapping[str, Job]) -> bool:
     return job.state == "running"  # a pending one was put back into the queue: its process is dead
 
 
-def _ask(records: Iterable[Submission], jobs: Mapping[str, Submission], ask: Ask) -> dict[str, Job]:
-    """Ask the schedulers for jobs. How a job ended is noted beside its record, for schedulers forget."""
+def _ask(jobs: Mapping[str, Submission], fresh: Collection[str], ask: Ask) -> dict[str, Job]:
+    """Ask the schedulers for jobs. How a job ended is noted beside its record and asked once, for schedulers forget."""
     known: dict[str, Job] = {}
     for path in {record.folder / "ended.json" for record in jobs.values()}:
         known |= {job: Job("ended", *said) for job, said in read_json(path).items()}
     for scheduler in {record.scheduler for record in jobs.values()}:
-        asked = {job: one.submitted for job, one in jobs.items() if one.scheduler == scheduler and job not in known}
-        if not asked:
-            continue
-        seen = ask(scheduler, asked)
-        known |= seen
-        for record in {jobs[job].path: jobs[job] for job, answer in seen.items() if answer.state == "ended"}.values():
-            path = record.folder / "ended.json"
-            new = {
-                job: [answer.end, answer.detail, answer.node]
-                for job, answer in seen.items()
-                if answer.state == "ended" and jobs[job].path == record.path
-            }
-            write_text(path, json.dumps(read_json(path) | new))
-    return known
+        asked = {
+            job: one.submitted
+            for job, one in jobs.items()
+            if one.scheduler == scheduler and (job in fresh or job not in known)
+        }
+        seen = ask(scheduler, asked) if asked else {}
+        ended: dict[Path, dict[str, list[str]]] = {}
+        for job, answer in seen.items():
+            if answer.told or job not in known:
+                known[job] = answer
+            if answer.state == "ended" and answer.told:
+                path = jobs[job].folder / "ended.json"
+                ended.setdefault(path, {})[job] = [answer.end, answer.detail, answer.node]
+        for path, new in ended.items():
+            with suppress(OSError):  # a full or read-only disk must not hide what was found out
+                write_text(path, json.dumps(read_json(path) | new))
+    return {job: answer for job, answer in known.items() if job in jobs}
 
 
 def _failure(run: Run) -> tuple[float, str]:

@@ -7,7 +7,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -23,7 +23,7 @@ from jobs import clusters, schedulers
 from jobs.clusters import Cluster
 from jobs.element import Element, work
 from jobs.schedulers import Unreachable
-from jobs.states import ALIVE, RunState, Submission, look, submissions
+from jobs.states import ALIVE, LOCK, RunState, Submission, look, submissions
 
 ROOM = 64 * 2**20  # bytes that must fit: a VGG11's checkpoint with an optimizer's state has up to 110 MB, most have few
 LOCK_WAIT = 120  # seconds; a submission holds the lock for as long as the scheduler takes to answer
@@ -34,7 +34,7 @@ def alone(folders: Folders, experiment: str) -> Iterator[None]:
     """Let one process at a time submit or cancel runs of an experiment; a dead one's lock on this host is taken over."""
     folder = folders.runs / experiment
     check_writable(folder)
-    lock = SoftFileLock(folder / "submit.lock")  # a file made with O_EXCL: holds on NFS, where flock may not
+    lock = SoftFileLock(folder / LOCK)  # a file made with O_EXCL: holds on NFS, where flock may not
     try:
         lock.acquire(timeout=LOCK_WAIT, poll_interval=0.2)
     except Timeout:
@@ -48,17 +48,15 @@ def alone(folders: Folders, experiment: str) -> Iterator[None]:
         lock.release()
 
 
-def elements_of(todo: list[str], runs_per_job: int) -> list[list[str]]:
-    return [todo[first : first + runs_per_job] for first in range(0, len(todo), runs_per_job)]
+def elements_of(todo: list[RunState], runs_per_job: int) -> list[list[str]]:
+    ids = [state.run.id for state in todo]
+    return [ids[first : first + runs_per_job] for first in range(0, len(ids), runs_per_job)]
 
 
-def todo_of(states: list[RunState], only: Collection[str] | None = None) -> list[str]:
+def todo_of(states: list[RunState], only: Collection[str] | None = None) -> list[RunState]:
     """Return the runs to submit: those without a result and without a live process or job; with `only`, in these states."""
-    return [
-        state.run.id
-        for state in states
-        if state.state not in ("done", *ALIVE) and (only is None or state.state in only)
-    ]
+    open_ = [state for state in states if state.state not in ("done", *ALIVE) and not state.held]
+    return [state for state in open_ if only is None or state.state in only]
 
 
 def prepare_data(datasets: set[str], folders: Folders) -> None:
@@ -95,20 +93,15 @@ def submit(
     prepare_data({config.dataset for config in configs.values() if hasattr(config, "dataset")}, folders)
     with alone(folders, experiment):
         _mend(folders, experiment)
-        states = look(folders, experiment, configs)
-        todo = todo_of(states, only)
+        todo = todo_of(look(folders, experiment, configs), only)
         if not todo:
             return None
-        for state in states:
-            if state.run.id in set(todo):
-                _release(state)
+        for state in todo:
+            _release(state)
         elements = elements_of(todo, runs_per_job)
+        name = f"{datetime.now(UTC):%Y%m%dT%H%M%S}-{os.getpid()}"
         record = Submission(
-            folders.runs
-            / experiment
-            / "submissions"
-            / f"{datetime.now(UTC):%Y%m%dT%H%M%S}-{os.getpid()}"
-            / "record.json",
+            folders.runs / experiment / "submissions" / name / "record.json",
             experiment,
             cluster.name,
             cluster.scheduler,
@@ -131,10 +124,19 @@ def check(experiment: str, cluster: Cluster, folders: Folders) -> None:
     """See that what jobs will need is there.
 
     Raises:
-        ValueError: a folder can't be written or is full, the site has no such queue, or its time limit is lower.
+        ValueError: a folder can't be written or is full; or see `check_site`.
     """
     check_writable(folders.results / experiment)
     check_writable(folders.runs / experiment, ROOM)  # a quota is not told by the file system's free space
+    check_site(experiment, cluster, folders)
+
+
+def check_site(experiment: str, cluster: Cluster, folders: Folders) -> None:
+    """See that the scheduler can take a preset's jobs, and write nothing.
+
+    Raises:
+        ValueError: it is not there, has no such queue, a lower time limit, or an option can't be.
+    """
     if cluster.scheduler == "local":
         return
     for name in ("data", "runs", "results"):
@@ -201,9 +203,12 @@ def _submit_arrays(record: Submission, cluster: Cluster, folders: Folders, max_p
 
 
 def _mend(folders: Folders, experiment: str) -> None:
-    """Bring records to an end whose submitter died: cancel the array whose ids it could not write down."""
+    """Bring records to an end whose submitter died: cancel the array whose ids it could not write down.
+
+    A live one would hold the lock that we hold.
+    """
     for record in submissions(folders, experiment):
-        if len(record.jobs) >= len(record.elements) or record.scheduler == "local" or record.being_submitted():
+        if len(record.jobs) >= len(record.elements) or record.scheduler == "local":
             continue
         arrays = {job.partition("_")[0] for job in record.jobs}
         schedulers.ALL[record.scheduler].cancel_named(job_name(record, len(arrays)))
@@ -253,46 +258,59 @@ class Stopped:
     alone: set[str] = field(default_factory=set)
 
 
-def cancel(experiment: str, states: list[RunState], chosen: Collection[str], folders: Folders) -> Stopped:
+def cancel(experiment: str, configs: Mapping[str, Any], chosen: Collection[str], folders: Folders) -> Stopped:
     """Stop those of the chosen runs that are alive. What was trained up to the last whole epoch is kept.
 
-    `states` are those of all runs of the experiment. A run is marked as cancelled, so that no job takes it up and the one
-    that is at it leaves it at the end of its epoch; a job with nothing else to do is ended at once.
+    `configs` are all runs of the experiment. A run is marked as cancelled, so that no job takes it up and the one that is at
+    it leaves it at the end of its epoch; a job with nothing else to do is ended at once.
     """
-    stopped, ended = Stopped(), dict[str, list[str]]()
+    stopped, ended = Stopped(), dict[str, set[str]]()
     with alone(folders, experiment):
+        states = look(folders, experiment, configs)
+        records = submissions(folders, experiment)
+        job_of = {record.path: record.job_of() for record in records}
+        home = {job: record for record in records for job in record.jobs}
         stopping = []
         for state in states:
             record = state.submission
+            # a run may be in a newer job than the one that holds it
+            holder = home.get(state.job_id) if state.state == "running" else record
             if state.state not in ALIVE or state.run.id not in chosen:
                 continue
             if record is not None and record.foreign():
                 stopped.alone.add(f"{record.folder} was submitted on {record.host}; cancel it there")
-            elif record is None or (state.state == "running" and state.job_id not in record.jobs):
+            elif holder is None:
                 process = f"process {state.owner.get('pid')} on {state.node}"
                 stopped.alone.add(f"{state.run.id} was started by hand, as {process}")
             else:
                 state.run.folder.mkdir(parents=True, exist_ok=True)
                 state.run.cancelled.touch()
-                stopping.append((state, record))
-        going_on = {state.run.id for state in states if state.state in ALIVE and not state.run.cancelled.exists()}
-        for state, record in stopping:
-            # a local worker goes on to other elements, too
-            mates = record.run_ids() if record.scheduler == "local" else record.element_of(state.run.id)
-            if going_on.isdisjoint(mates):
-                stopped.now.append(state.run.id)
-                if state.job_id:
-                    ended.setdefault(record.scheduler, []).append(state.job_id)
-            else:
-                (stopped.later if state.state == "running" else stopped.now).append(state.run.id)
+                stopping.append((state, holder))
+        going_on = {state.run.id for state in states if state.state in ALIVE} - {one.run.id for one, _ in stopping}
+        mates = {record.path: _mates(record) for record in records}
+        for state, holder in stopping:
+            at_once = going_on.isdisjoint(mates[holder.path][state.run.id])
+            (stopped.now if at_once or state.state == "pending" else stopped.later).append(state.run.id)
+            jobs = {state.job_id} if at_once else set()
+            last = state.submission
+            if last and last.scheduler != "local" and going_on.isdisjoint(mates[last.path][state.run.id]):
+                jobs.add(job_of[last.path][state.run.id])
+            for job in jobs - {""}:
+                ended.setdefault(home[job].scheduler, set()).add(job)
         for name, jobs in ended.items():
             if name == "local":
-                for pid in {int(job) for job in jobs}:
-                    with suppress(ProcessLookupError):
-                        os.kill(pid, signal.SIGTERM)
+                for pid in jobs:
+                    if born(int(pid)) == home[pid].jobs[pid]:
+                        os.kill(int(pid), signal.SIGTERM)
             else:
-                schedulers.ALL[name].cancel(list(dict.fromkeys(jobs)))
+                schedulers.ALL[name].cancel(sorted(jobs))
     return stopped
+
+
+def _mates(record: Submission) -> dict[str, set[str]]:
+    """Return run id -> the runs that the same job will come to; a local worker may come to all of them."""
+    groups = [record.run_ids()] if record.scheduler == "local" else [set(element) for element in record.elements]
+    return {run_id: group for group in groups for run_id in group}
 
 
 @contextmanager

@@ -317,7 +317,7 @@ def test_the_probe(site, capsys):
         until = time.monotonic() + 20
         while not list(site.folders.runs.glob("doctor/*/start-1.json")) and time.monotonic() < until:
             time.sleep(0.05)
-        schedulers.ALL["lsf"].signal("1_1", "USR2")
+        subprocess.run(["bkill", "-s", "USR2", "1[1]"], check=True)
 
     thread = threading.Thread(target=limit)
     thread.start()

@@ -73,7 +73,7 @@ def test_status_as_json(finished):
     assert told["counts"] == {"done": 6} and [run["run"] for run in told["runs"]] == IDS
 
 
-@pytest.mark.parametrize("names", [(), (IDS[0],)])
+@pytest.mark.parametrize("names", [(), (IDS[-1],)])
 def test_cancel_of_one_or_all_and_retry(place, names):
     place.jobs("submit", EXPERIMENT, "--grid", "smoke", "--cluster", "local", "--max-parallel", "1")
     place.jobs("cancel", EXPERIMENT, *names)
@@ -98,7 +98,7 @@ def test_plan_and_dry_run_write_nothing(place):
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        (["plan", "optimiser"], "must be one of: parameter_testing"),
+        (["plan", "optimiser"], "must be one of: "),
         (["plan", EXPERIMENT, "--grid", "alpha"], "smoke, cluster, demo, alpha_gamma, ensemble_size"),
         (["submit", EXPERIMENT, "--grid", "smoke", "--cluster", "dtu"], "must be one of: local"),
         (["submit", EXPERIMENT, "--cluster", "local"], "--grid smoke | "),
