@@ -135,6 +135,8 @@ def provenance() -> dict[str, Any]:
 def scheduler_job_id() -> str:
     """Return the id of the scheduler's job that this process runs in, an array's element as ID_INDEX; else ''."""
     environment = os.environ
+    if environment.get("SUBMITIT_EXECUTOR") == "local":  # also within an interactive job of a scheduler
+        return environment.get("SUBMITIT_LOCAL_JOB_ID", "")
     if array := environment.get("SLURM_ARRAY_JOB_ID"):
         return f"{array}_{environment['SLURM_ARRAY_TASK_ID']}"
     if environment.get("LSB_JOBINDEX", "0") != "0":
