@@ -5,6 +5,7 @@ import itertools
 import json
 from collections.abc import Iterable
 from dataclasses import fields, replace
+from functools import cache
 from typing import Any, ClassVar, Protocol, TypeVar
 
 
@@ -44,20 +45,22 @@ def run_id(config: Config) -> str:
     The digest covers the canonical JSON of every field that decides the result, so it is the same on every machine and
     in every process, and any change that could change the numbers changes the name.
     """
-    values = {
-        field.name: _canonical(getattr(config, field.name), field.type)
-        for field in fields(config)
-        if field.name not in config.INCIDENTAL
-    }
-    digest = hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:8]
-    return "-".join([*(_word(name, values[name]) for name in config.NAMED if values[name] is not None), digest])
+    values = {}
+    for name, is_float in _deciding(type(config)):
+        value = getattr(config, name)
+        # `--learning-rate 1` and `learning_rate=1.0` are one setting, and so are 0.0 and -0.0
+        values[name] = float(value) + 0.0 if is_float and isinstance(value, (int, float)) else value
+    digest = hashlib.sha256(_encode(values).encode()).hexdigest()[:8]
+    return "-".join([*[_word(name, values[name]) for name in config.NAMED if values[name] is not None], digest])
 
 
-def _canonical(value: Any, annotation: Any) -> Any:
-    # `--learning-rate 1` and `learning_rate=1.0` are one setting, and so are 0.0 and -0.0
-    if isinstance(value, int | float) and "float" in str(annotation):
-        return float(value) + 0.0
-    return value
+_encode = json.JSONEncoder(sort_keys=True).encode  # json.dumps would make an encoder for each of ten thousand runs
+
+
+@cache
+def _deciding(config: type[Config]) -> list[tuple[str, bool]]:
+    """Return the fields that decide the result, each with whether its numbers are floats."""
+    return [(f.name, "float" in str(f.type)) for f in fields(config) if f.name not in config.INCIDENTAL]
 
 
 _SHORT = {"alpha_init": "a", "gamma_init": "g", "ensemble_size": "m", "learning_rate": "lr", "epochs": "e", "seed": "s"}

@@ -11,6 +11,7 @@ empty in the row of the ensemble's averaged prediction. Every row carries the wh
 | epoch, split, member                       | epoch from 1; test only at the last one                                    |
 | accuracy, nll, brier, ece                  | of this member or the ensemble (`batchens.metrics`); train: running means  |
 | disagreement, epistemic                    | between members, ensemble rows only                                        |
+| rmse ... spread                            | in place of these six in regression (`batchens.regression`)                |
 | seconds, images_per_second, peak_memory_mb | of training in this epoch, without validation, checkpoint and start-up     |
 | commit ... finished                        | provenance                                                                 |
 | rows                                       | rows in this file                                                          |
@@ -35,6 +36,7 @@ from typing import Any
 from batchens.files import ROOT, write_text
 
 METRICS = ("accuracy", "nll", "brier", "ece", "disagreement", "epistemic")
+REGRESSION_METRICS = ("rmse", "nll", "coverage_50", "coverage_90", "coverage_95", "spread")
 
 
 def result_path(folder: Path, experiment: str, run_id: str) -> Path:
@@ -98,10 +100,11 @@ def read_results(folder: Path, experiment: str) -> Any:
             continue
         header, _, body = content.partition(b"\n")
         bodies[header].append(body)
-    frames = [
-        pd.read_csv(io.BytesIO(b"\n".join([header, b"".join(parts)])), dtype={"member": "Int64"})
-        for header, parts in bodies.items()
-    ]
+    frames = []
+    for header, parts in bodies.items():
+        joined = io.BytesIO(b"".join([header, b"\n", *parts]))
+        parts.clear()  # of ten thousand files these are 200 MB
+        frames.append(pd.read_csv(joined, dtype={"member": "Int64"}))
     return pd.concat(frames, ignore_index=True) if frames else pd.DataFrame()
 
 
@@ -150,7 +153,8 @@ def scheduler_job_id() -> str:
 def differences(rows: Iterable[Mapping[str, Any]], others: Iterable[Mapping[str, Any]]) -> dict[str, float]:
     """Return the largest absolute difference of each metric between two runs' CSV rows, matched by epoch, split, member.
 
-    Infinite where only one of the two has a number. Raises ValueError when they have not the same rows.
+    The metrics are those that the rows have columns for. Infinite where only one of the two has a number. Raises ValueError
+    when they have not the same rows.
     """
 
     def by_key(table: Iterable[Mapping[str, Any]]) -> dict[tuple[str, ...], Mapping[str, Any]]:
@@ -164,4 +168,6 @@ def differences(rows: Iterable[Mapping[str, Any]], others: Iterable[Mapping[str,
         absent = [value in ("", None) or value != value for value in (first, second)]
         return 0.0 if all(absent) else math.inf if any(absent) else abs(float(first) - float(second))
 
-    return {name: max(difference(row[name], two[key][name]) for key, row in one.items()) for name in METRICS}
+    columns = set().union(*one.values(), *two.values())
+    metrics = [name for name in dict.fromkeys((*METRICS, *REGRESSION_METRICS)) if name in columns]
+    return {name: max(difference(row[name], two[key][name]) for key, row in one.items()) for name in metrics}

@@ -24,6 +24,7 @@ import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -66,14 +67,37 @@ class Run:
         """`known_id` is the run's id, for who has it already: making it is the slow part of listing many runs."""
         self.experiment, self.config, self.folders = experiment, config, folders
         self.id = known_id or run_id(config)
-        self.folder = folders.runs / experiment / self.id
-        self.result = results.result_path(folders.results, experiment, self.id)
-        self.checkpoint = self.folder / "checkpoint.pt"
-        self.claim = self.folder / "claim.json"
-        self.progress = self.folder / "progress.json"
-        self.failure = self.folder / "failure.txt"
-        self.cancelled = self.folder / "cancelled"
         self.since = 0.0
+
+    # made when asked for: of ten thousand listed runs most paths are not wanted
+
+    @cached_property
+    def folder(self) -> Path:
+        return self.folders.runs / self.experiment / self.id
+
+    @cached_property
+    def result(self) -> Path:
+        return results.result_path(self.folders.results, self.experiment, self.id)
+
+    @cached_property
+    def checkpoint(self) -> Path:
+        return self.folder / "checkpoint.pt"
+
+    @cached_property
+    def claim(self) -> Path:
+        return self.folder / "claim.json"
+
+    @cached_property
+    def progress(self) -> Path:
+        return self.folder / "progress.json"
+
+    @cached_property
+    def failure(self) -> Path:
+        return self.folder / "failure.txt"
+
+    @cached_property
+    def cancelled(self) -> Path:
+        return self.folder / "cancelled"
 
     def done(self) -> bool:
         return self.result.exists() and results.damage(self.result) is None
@@ -169,13 +193,16 @@ class Run:
             if self.cancelled.stat().st_mtime > self.since:
                 raise Cancelled(self.id)
 
-    def write(self, rows: Sequence[dict[str, Any]], **facts: Any) -> Path:
-        """Write the result of the run: each row with the configuration, `facts` and the provenance; clear its folder."""
+    def write(self, rows: Sequence[dict[str, Any]], *, measured: Sequence[str] = results.METRICS, **facts: Any) -> Path:
+        """Write the result of the run: each row with the configuration, `facts` and the provenance; clear its folder.
+
+        `measured` names the columns of what was measured; a row that lacks one has an empty cell there.
+        """
         incidental = self.config.INCIDENTAL
         config = {name: value for name, value in asdict(self.config).items() if name not in incidental}
         head = {"run_id": self.id, "experiment": self.experiment, **config}
         tail = {**facts, **results.provenance()}
-        columns = ("epoch", "split", "member", *results.METRICS, "seconds", "images_per_second", "peak_memory_mb")
+        columns = ("epoch", "split", "member", *measured, "seconds", "images_per_second", "peak_memory_mb")
         results.write_run(self.result, [{**head, **{name: row.get(name) for name in columns}, **tail} for row in rows])
         for path in (self.checkpoint, self.progress):
             path.unlink(missing_ok=True)
@@ -212,7 +239,8 @@ def born(pid: int) -> str:
 def read_json(path: Path) -> dict[str, Any]:
     """Return the object in a small JSON file; {} when it is absent or was never finished."""
     try:
-        content = json.loads(path.read_text())
+        with open(path, "rb") as file:
+            content = json.loads(file.read())
     except (OSError, ValueError):
         return {}
     return content if isinstance(content, dict) else {}

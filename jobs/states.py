@@ -5,7 +5,7 @@ import os
 import socket
 from collections.abc import Callable, Collection, Iterable, Mapping
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -63,8 +63,9 @@ class Submission:
         return self.path.parent
 
     def write(self) -> None:
-        record = {name: value for name, value in asdict(self).items() if name != "path"}
-        write_text(self.path, json.dumps(record, indent=1))
+        # written after each array: with an indent, or through asdict, 10,000 elements take a third of a second each time
+        record = {each.name: getattr(self, each.name) for each in fields(self) if each.name != "path"}
+        write_text(self.path, json.dumps(record))
 
     def run_ids(self) -> set[str]:
         return {run_id for element in self.elements for run_id in element}
@@ -143,8 +144,9 @@ def look(folders: Folders, experiment: str, configs: Mapping[str, Config], ask: 
     states, open_ = [], []
     for run_id, config in configs.items():
         run = Run(experiment, config, folders, run_id)
-        damage = _damage(run.result) if run.result.name in written else None
-        done = run.result.name in written and damage is None
+        there = f"{run_id}.csv" in written
+        damage = _damage(run.result) if there else None
+        done = there and damage is None
         state = RunState(run, "done" if done else "damaged" if damage else "missing", damage or "")
         state.submission = last.get(run_id)
         states.append(state)
@@ -254,7 +256,8 @@ def _alive(claim: dict[str, Any], seen: Mapping[str, Job]) -> bool:
 def _ask(jobs: Mapping[str, Submission], fresh: Collection[str], ask: Ask) -> dict[str, Job]:
     """Ask the schedulers for jobs. How a job ended is noted beside its record and asked once, for schedulers forget."""
     known: dict[str, Job] = {}
-    for path in {record.folder / "ended.json" for record in jobs.values()}:
+    for record in {one.path: one for one in jobs.values()}.values():
+        path = record.folder / "ended.json"
         known |= {job: Job("ended", *said) for job, said in read_json(path).items()}
     for scheduler in {record.scheduler for record in jobs.values()}:
         asked = {

@@ -4,6 +4,7 @@ Written are <results>/figures/<experiment>/<setting>/<name>.png and .pdf, and be
 and every caption. An experiment is a module of this package that has
 
     CONFIG          the columns that every row of a result must state
+    METRICS         the columns of its metrics, where they are not those of classification
     figures(df)     yields (setting/name, caption, Figure)
     findings(df)    setting -> Finding
 """
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import Annotated
 
 from batchens.files import results_folder, write_text
+from batchens.results import METRICS
 
 PACKAGE = Path(__file__).parent
 
@@ -40,7 +42,7 @@ def draw(experiment: str, results: Path, command: str) -> None:
     from plots.reading import usable_results
 
     module = import_module(f"plots.{experiment}")
-    df, left_out = usable_results(results, experiment, module.CONFIG)
+    df, left_out = usable_results(results, experiment, module.CONFIG, getattr(module, "METRICS", METRICS))
     for reason in left_out:
         print(f"warning: {reason}", file=sys.stderr)
     if df.empty:

@@ -19,7 +19,6 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patheffects import Normal, Stroke
 from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, MaxNLocator, NullLocator
-from scipy import stats
 
 from plots.figure import (
     DASHED,
@@ -44,6 +43,7 @@ from plots.figure import (
     with_spread,
 )
 from plots.reading import FACTS
+from plots.statistics import half_width, paired_difference
 
 SETTING = [
     "dataset", "model", "batchnorm", "regime", "optimizer", "weight_decay", "momentum", "hess_init", "warmup_epochs",
@@ -234,14 +234,6 @@ def summarise_chosen(runs: pd.DataFrame) -> pd.DataFrame:
                 row[MEASURES[name].label] = with_spread(mine[name], MEASURES[name], unit=False) if known else ""
             rows.append(row)
     return pd.DataFrame(rows)
-
-
-def paired_difference(runs: pd.DataFrame, others: pd.DataFrame, measure: str) -> tuple[float, float, int]:
-    """Return the mean difference over equal seeds, its standard error (nan for fewer than 3 pairs), and how many pairs."""
-    pairs = runs.set_index("seed")[measure] - others.set_index("seed")[measure]
-    pairs = pairs.dropna()
-    error = pairs.std() / np.sqrt(len(pairs)) if len(pairs) >= 3 else np.nan
-    return float(pairs.mean()), float(error), len(pairs)
 
 
 # --- from numbers to pictures -----------------------------------------------------------------------------------------
@@ -451,7 +443,7 @@ def _comparison(ours: pd.DataFrame, other: pd.DataFrame, label: str) -> str:
     sentence = f"BatchEnsemble less {label}: {mean:+.2f} points".replace("-", MINUS)
     if pairs < 3:
         return sentence + f" ({pairs} paired seed{'s' * (pairs > 1)}: too few to tell)."
-    half = float(stats.t.ppf(0.975, pairs - 1)) * error
+    half = half_width(error, pairs)
     interval = f"{mean - half:+.2f} to {mean + half:+.2f}".replace("-", MINUS)
     verdict = "no difference is shown" if abs(mean) <= half else "a difference"
     return sentence + f", 95 % interval {interval} (t, {pairs} paired seeds): {verdict}."

@@ -16,10 +16,13 @@ NUMBERS = (
 )  # fmt: skip
 
 
-def usable_results(folder: Path, experiment: str, config: Sequence[str]) -> tuple[pd.DataFrame, list[str]]:
+def usable_results(
+    folder: Path, experiment: str, config: Sequence[str], metrics: Sequence[str] = METRICS
+) -> tuple[pd.DataFrame, list[str]]:
     """Return all whole results of an experiment that state their `config`, and why each of the others was left out.
 
-    Of two runs with the same configuration only the one that finished last is kept.
+    Of the `metrics`, the first two must be there in the ensemble's test row. Of two runs with the same configuration only the
+    one that finished last is kept.
     """
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", UserWarning)
@@ -27,9 +30,9 @@ def usable_results(folder: Path, experiment: str, config: Sequence[str]) -> tupl
     left_out = [str(warning.message) for warning in caught if issubclass(warning.category, UserWarning)]
     if df.empty:
         return df, left_out
-    df = df.reindex(columns=list(dict.fromkeys([*df.columns, *config, *FACTS, *METRICS, *NUMBERS])))
+    df = df.reindex(columns=list(dict.fromkeys([*df.columns, *config, *FACTS, *metrics, *NUMBERS])))
     reasons: dict[str, str] = {}
-    for name in ("epoch", "seconds", *METRICS, *NUMBERS):  # a word edited in would turn the whole column into text
+    for name in ("epoch", "seconds", *metrics, *NUMBERS):  # a word edited in would turn the whole column into text
         numbers = pd.to_numeric(df[name], errors="coerce")
         for run in df.loc[numbers.isna() & df[name].notna(), "run_id"].unique():
             reasons[run] = f"a {name} of it is no number"
@@ -37,7 +40,7 @@ def usable_results(folder: Path, experiment: str, config: Sequence[str]) -> tupl
     for name in (name for name in config if name not in ("alpha_init", "gamma_init")):  # those may be absent on purpose
         for run in df.loc[df[name].isna(), "run_id"].unique():
             reasons.setdefault(run, f"it states no {name}")
-    tests = df[(df["split"] == "test") & df["member"].isna() & df["accuracy"].notna() & df["nll"].notna()]
+    tests = df[(df["split"] == "test") & df["member"].isna() & df[list(metrics[:2])].notna().all(axis=1)]
     for run in sorted(set(df["run_id"]) - set(tests["run_id"])):
         reasons.setdefault(run, "it has no test result of the ensemble")
     last = tests[~tests["run_id"].isin(list(reasons))].sort_values("finished", kind="stable")

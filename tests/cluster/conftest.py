@@ -61,7 +61,7 @@ def own_site(own_slurm, monkeypatch, tmp_path):
     for name, value in own_slurm.environment.items():
         monkeypatch.setenv(name, value)
     presets = tmp_path / "one-node.toml"
-    presets.write_text("[slurm]\ncpus = 1\nmem_gb = 1\n")  # one thread, as in the runs on this machine: the same numbers
+    presets.write_text("[slurm]\ncpus = 1\nmem_gb = 1\n")  # one thread, as in the local runs: the same numbers
     monkeypatch.setenv("BATCHENS_CLUSTERS", str(presets))
     there = Site("slurm", own_slurm.environment, own_slurm)
     there.empty()
