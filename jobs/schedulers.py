@@ -17,7 +17,7 @@ from typing import Any, ClassVar
 from jobs import lsf
 from jobs.clusters import Cluster
 
-YOUNG = 120  # seconds after its submission in which a scheduler may not have heard of a job yet
+YOUNG = 120  # seconds after its submission in which bjobs may leave out a job
 FOREVER = 1000  # requeues at the time limit: `Element` ends a run that makes no progress, nothing else has to
 
 
@@ -205,13 +205,13 @@ class Slurm(Scheduler):
                 job, state, node, reason = [*line.split("|", 3), "", "", ""][:4]
                 if job in jobs:
                     seen[job] = self._job(state, node, reason)
-        forgotten = [job for job in jobs if job not in seen]
-        if old := [job for job in forgotten if time.time() - jobs[job] > YOUNG]:
-            past = self._accounted(old)
-            seen |= {
-                job: past.get(job, Job("ended", "lost", "SLURM has forgotten how it ended", told=False)) for job in old
-            }
-        return seen | {job: Job("pending") for job in forgotten if job not in seen}
+        if forgotten := [
+            job for job in jobs if job not in seen
+        ]:  # the controller that gave a job its id knows it while it lives
+            past = self._accounted(forgotten)
+            gone = Job("ended", "lost", "SLURM has forgotten how it ended", told=False)
+            seen |= {job: past.get(job, gone) for job in forgotten}
+        return seen
 
     def _job(self, state: str, node: str, reason: str) -> Job:
         word = state.split()[0].rstrip("+") if state else ""
