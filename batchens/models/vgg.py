@@ -1,4 +1,6 @@
-"""VGG11 for 32x32 images."""
+"""VGG11 for 32x32 images, and networks built like it."""
+
+from collections.abc import Sequence
 
 from torch import nn
 
@@ -19,11 +21,30 @@ def vgg11(num_classes: int, in_channels: int = 3, image_size: int = 32, batchnor
     Raises:
         ValueError: image_size is neither 28 nor 32.
     """
+    return vgg(LAYERS, num_classes, in_channels, image_size, batchnorm, hidden=(512,))
+
+
+def vgg(
+    convolutions: Sequence[int | str],
+    num_classes: int,
+    in_channels: int = 3,
+    image_size: int = 32,
+    batchnorm: bool = True,
+    *,
+    hidden: Sequence[int] = (),
+) -> nn.Sequential:
+    """Return 3x3 convolutions of these channels with five poolings ("P") among them, then linear layers of the `hidden` widths.
+
+    Shape: `(batch, in_channels, image_size, image_size) -> (batch, num_classes)`.
+
+    Raises:
+        ValueError: image_size is neither 28 nor 32.
+    """
     if image_size not in (28, 32):
         raise ValueError(f"vgg11 takes images of 32x32, or of 28x28 and pads them, however: {image_size}x{image_size}")
     layers: list[nn.Module] = [nn.ZeroPad2d(2)] if image_size == 28 else []
     before = in_channels
-    for layer in LAYERS:
+    for layer in convolutions:
         if isinstance(layer, str):
             layers += [nn.MaxPool2d(2)]
             continue
@@ -31,5 +52,8 @@ def vgg11(num_classes: int, in_channels: int = 3, image_size: int = 32, batchnor
         layers += [nn.BatchNorm2d(layer)] if batchnorm else []
         layers += [nn.ReLU(inplace=True)]
         before = layer
-    head = (nn.Flatten(), nn.Linear(512, 512), nn.ReLU(inplace=True), nn.Linear(512, num_classes))
-    return kaiming(nn.Sequential(*layers, *head))
+    layers += [nn.Flatten()]
+    for width in hidden:
+        layers += [nn.Linear(before, width), nn.ReLU(inplace=True)]
+        before = width
+    return kaiming(nn.Sequential(*layers, nn.Linear(before, num_classes)))
