@@ -277,13 +277,16 @@ def test_no_command_but_run_imports_torch(place):
         "import json; print(json.dumps([m for m in ('torch', 'pandas', 'matplotlib', 'sklearn') if m in sys.modules]))"
     )
     for command in (
-        ["plan"],
-        ["status"],
-        ["cancel"],
-        ["submit", "--grid", "smoke", "--cluster", "local", "--max-parallel", "1"],
+        ["plan", EXPERIMENT],
+        ["status", EXPERIMENT],
+        ["cancel", EXPERIMENT],
+        ["retry", EXPERIMENT],
+        ["doctor", "--cluster", "local"],
+        ["submit", EXPERIMENT, "--grid", "smoke", "--cluster", "local", "--max-parallel", "1"],
+        ["logs", EXPERIMENT, IDS[0], "--follow"],
     ):
         ended = subprocess.run(
-            [sys.executable, "-c", program, command[0], EXPERIMENT, *command[1:]],
+            [sys.executable, "-c", program, *command],
             cwd=ROOT,
             env=place.environment,
             capture_output=True,
