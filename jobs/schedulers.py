@@ -45,7 +45,6 @@ class Scheduler(ABC):
 
     name: str
     submit_command: str
-    first_index: int
 
     def there(self) -> bool:
         return shutil.which(self.submit_command) is not None
@@ -129,7 +128,7 @@ class Slurm(Scheduler):
     """SLURM, with accounting or without: squeue knows what lives and, for MinJobAge (300 s), how the others ended; sacct
     is asked for older ones where it answers. A job that neither knows has ended."""
 
-    name, submit_command, first_index = "slurm", "sbatch", 0
+    name, submit_command = "slurm", "sbatch"
 
     LIVE: ClassVar[dict[str, str]] = {
         "PENDING": "pending", "CONFIGURING": "pending", "REQUEUED": "pending", "REQUEUE_HOLD": "pending",
@@ -269,7 +268,7 @@ def slurm_minutes(limit: str) -> float | None:
 class Lsf(Scheduler):
     """IBM LSF and its relatives, by `jobs/lsf.py`."""
 
-    name, submit_command, first_index = "lsf", "bsub", 1
+    name, submit_command = "lsf", "bsub"
 
     ENDS: ClassVar[dict[str, str]] = {"time limit": "timeout", "memory": "memory", "cancelled": "cancelled"}
     SETTLE = 5.0
@@ -335,10 +334,17 @@ class Lsf(Scheduler):
         forgotten = [job for job in jobs if job not in seen]
         old = [job for job in forgotten if time.time() - jobs[job] > YOUNG]
         past = self._watcher.history(old) if old else {}
+        gone: dict[str, bool] = {}
         for job in old:
             if job in past:
                 seen[job] = self._job(past[job])
-            elif self._watcher.query(lsf.lsf_id(job)).sure:
+                continue
+            parent = job.partition("_")[0]
+            if parent not in gone:
+                answer = self._watcher.query(parent)
+                gone[parent] = answer.sure and not answer.jobs
+            # of an array that is still there bjobs leaves single elements out without a word, unless asked for each
+            if gone[parent] or self._watcher.query(lsf.lsf_id(job)).sure:
                 seen[job] = Job("ended", "lost", "LSF has forgotten how it ended", told=False)
         return seen | {job: Job("pending") for job in forgotten if job not in seen}
 
