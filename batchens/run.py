@@ -102,6 +102,14 @@ class Run:
     def done(self) -> bool:
         return self.result.exists() and results.damage(self.result) is None
 
+    def once(self, train: Callable[[], Path]) -> Path:
+        """Call `train` while holding the run (see `taken`), unless it is done; return the path of its result."""
+        if self.done():
+            print(f"done before: {self.result}")
+            return self.result
+        with self.taken():
+            return self.result if self.done() else train()  # done: by a process that held it until now
+
     @contextmanager
     def taken(self) -> Iterator[None]:
         """Hold the run for this process; on leaving with an error, note the reason in `failure.txt`.

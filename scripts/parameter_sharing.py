@@ -205,59 +205,19 @@ GRIDS = {
 def main(config: Config, folders: Folders) -> Path:
     """Train and measure one run; return the path of its result, at once when it is there."""
     run = Run("parameter_sharing", config, folders)
-    if run.done():
-        print(f"done before: {run.result}")
-        return run.result
-    with run.taken():
-        return run.result if run.done() else train(run, config)  # done: by a process that held it until now
+    return run.once(lambda: train(run, config))
 
 
 def train(run: Run, config: Config) -> Path:
-    import torch
+    from batchens.image_runs import train_on_images
 
-    from batchens import optimizers
-    from batchens.data import images as data
-    from batchens.training import choose_device, device_facts, fit, keep_freed_memory
-
-    keep_freed_memory()
-    if config.threads:
-        torch.set_num_threads(config.threads)
-    device = choose_device(config.device)
-    images = data.load(config.dataset, run.folders.data, device)
-    model = build(config, images.shape, images.num_classes)
-    model.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]  # the stubs lack it
-    optimizer = optimizers.build(
-        config.optimizer,
-        model,
-        learning_rate=config.learning_rate,
-        weight_decay=config.weight_decay,
-        momentum=config.momentum,
-        training_examples=len(images.train),
-    )
-    rows = fit(
-        model,
-        images,
-        optimizer,
+    return train_on_images(
+        run,
+        config,
+        lambda images: build(config, images.shape, images.num_classes),
         ensemble_size=config.members,
         regime="repeat",
-        epochs=config.epochs,
-        warmup_epochs=config.warmup_epochs,
-        batch_size=config.batch_size,
-        augmented=config.augment,
-        seed=config.seed,
-        precision=config.precision,
-        compiled=config.compile,
-        checkpoint=run.checkpoint,
-        on_epoch=lambda new: run.after_epoch(new, config.epochs),
     )
-    path = run.write(
-        rows,
-        parameters=count(model),
-        **device_facts(device, config.precision, optimizer, config.compile),
-        data_source=images.source,
-    )
-    print(f"written: {path}")
-    return path
 
 
 def build(config: Config, shape: tuple[int, int, int], num_classes: int) -> "nn.Module":

@@ -16,11 +16,14 @@ A run of the demo takes seconds; VGG11 on CIFAR-10 for 15 epochs takes hours on 
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from batchens.data.catalog import DATASETS, DatasetName
 from batchens.grid import grid, unique
 from batchens.run import Folders, Run, command_line
+
+if TYPE_CHECKING:
+    from torch import nn
 
 
 @dataclass(frozen=True)
@@ -173,90 +176,54 @@ GRIDS = {
 def main(config: Config, folders: Folders) -> Path:
     """Train and measure one run; return the path of its result, at once when it is there."""
     run = Run("parameter_testing", config, folders)
-    if run.done():
-        print(f"done before: {run.result}")
-        return run.result
-    with run.taken():
-        return run.result if run.done() else train(run, config)  # done: by a process that held it until now
+    return run.once(lambda: train(run, config))
 
 
 def train(run: Run, config: Config) -> Path:
-    import torch
-    from torch import nn
+    from batchens.image_runs import train_on_images
 
-    from batchens import optimizers
-    from batchens.data import images as data
+    return train_on_images(
+        run,
+        config,
+        lambda images: build(config, images.shape, images.num_classes),
+        ensemble_size=config.ensemble_size,
+        regime=config.regime,
+        hess_init=config.hess_init,
+    )
+
+
+def build(config: Config, shape: tuple[int, int, int], num_classes: int) -> "nn.Module":
+    """Return what a run trains on images of this shape, (channels, size, size)."""
+    import torch
+
     from batchens.layers import batch_ensemble
     from batchens.models.cnn import cnn
     from batchens.models.deep_ensemble import DeepEnsemble
     from batchens.models.mlp import mlp
     from batchens.models.vgg import vgg11
-    from batchens.training import choose_device, device_facts, fit, keep_freed_memory
 
-    keep_freed_memory()
-    if config.threads:
-        torch.set_num_threads(config.threads)
-    device = choose_device(config.device)
-    images = data.load(config.dataset, run.folders.data, device)
-    channels, size, _ = images.shape
+    channels, size, _ = shape
 
-    def network(member: int) -> nn.Module:
+    def network(member: int) -> "nn.Module":
         # Each network's weights are those of its own seed: a single network, the slow weights of a BatchEnsemble and the
         # first member of a deep ensemble of one seed start from the same point.
         torch.manual_seed(1000 * config.seed + member)
         if config.model == "mlp":
-            return mlp(channels * size * size, [512], images.num_classes)
-        build = {"cnn": cnn, "vgg11": vgg11}[config.model]
-        return build(images.num_classes, channels, size, batchnorm=config.batchnorm != "none")
+            return mlp(channels * size * size, [512], num_classes)
+        architecture = {"cnn": cnn, "vgg11": vgg11}[config.model]
+        return architecture(num_classes, channels, size, batchnorm=config.batchnorm != "none")
 
-    model: nn.Module
     if config.method == "batchensemble":
-        model = batch_ensemble(
+        return batch_ensemble(
             network(0),
             ensemble_size=config.ensemble_size,
             alpha_init=config.alpha_init,
             gamma_init=config.gamma_init,
             batchnorm="shared" if config.batchnorm == "none" else config.batchnorm,
         )
-    elif config.method == "deep_ensemble":
-        model = DeepEnsemble([network(m) for m in range(config.ensemble_size)])
-    else:
-        model = network(0)
-    model.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]  # the stubs lack it
-    optimizer = optimizers.build(
-        config.optimizer,
-        model,
-        learning_rate=config.learning_rate,
-        weight_decay=config.weight_decay,
-        momentum=config.momentum,
-        training_examples=len(images.train),
-        hess_init=config.hess_init,
-    )
-    torch.manual_seed(config.seed)  # of IVON's samples
-    rows = fit(
-        model,
-        images,
-        optimizer,
-        ensemble_size=config.ensemble_size,
-        regime=config.regime,
-        epochs=config.epochs,
-        warmup_epochs=config.warmup_epochs,
-        batch_size=config.batch_size,
-        augmented=config.augment,
-        seed=config.seed,
-        precision=config.precision,
-        compiled=config.compile,
-        checkpoint=run.checkpoint,
-        on_epoch=lambda new: run.after_epoch(new, config.epochs),
-    )
-    path = run.write(
-        rows,
-        parameters=sum(parameter.numel() for parameter in model.parameters()),
-        **device_facts(device, config.precision, optimizer, config.compile),
-        data_source=images.source,
-    )
-    print(f"written: {path}")
-    return path
+    if config.method == "deep_ensemble":
+        return DeepEnsemble([network(m) for m in range(config.ensemble_size)])
+    return network(0)
 
 
 if __name__ == "__main__":

@@ -126,11 +126,7 @@ GRIDS = {"demo": study(range(3)), "full": study(range(20))}
 def main(config: Config, folders: Folders) -> Path:
     """Train and measure one run; return the path of its result, at once when it is there."""
     run = Run("skafte_mlp", config, folders)
-    if run.done():
-        print(f"done before: {run.result}")
-        return run.result
-    with run.taken():
-        return run.result if run.done() else train(run, config)  # done: by a process that held it until now
+    return run.once(lambda: train(run, config))
 
 
 def train(run: Run, config: Config) -> Path:

@@ -117,13 +117,13 @@ class Built(Exception):
 @pytest.fixture
 def built(monkeypatch):
     """What `main` hands to `fit` for a configuration."""
-    from batchens import training
+    from batchens import image_runs
 
     def run(**settings):
         def fit(model, images, optimizer, **options):
             raise Built(model, optimizer, options)
 
-        monkeypatch.setattr(training, "fit", fit)
+        monkeypatch.setattr(image_runs, "fit", fit)
         with pytest.raises(Built) as caught:
             main(Config(threads=1, **settings), Folders())
         return caught.value.args
