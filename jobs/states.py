@@ -184,7 +184,7 @@ def _names(folder: Path) -> set[str]:
 def _look_closer(states: list[RunState], begun: set[str], records: list[Submission], ask: Ask) -> None:
     """Find out what became of runs that were begun (have a folder) or submitted, and have no result."""
     local = {record.path: record for state in states if (record := state.submission) and record.scheduler == "local"}
-    alive = {path: record.alive() for path, record in local.items()}
+    alive = {path: record.alive() or record.being_submitted() for path, record in local.items()}
     takers = {path: record.takers() if alive[path] else {} for path, record in local.items()}
     job_of = {record.path: record.job_of() for record in records if record.scheduler != "local"}
     home = {job: record for record in records if record.scheduler != "local" for job in record.jobs}

@@ -9,9 +9,9 @@ torchvision 0.28.0). Where the library does load, declaring them first would be 
 import sys
 from types import ModuleType
 
-import torch
+from torch import library
 
-_declared: list[torch.library.Library] = []  # operators live only as long as their Library object
+_declared: list[library.Library] = []  # operators live only as long as their Library object
 
 
 def import_datasets() -> ModuleType:
@@ -24,9 +24,9 @@ def import_datasets() -> ModuleType:
         # A failed import leaves its submodules behind, and they would not be run again.
         for name in [name for name in sys.modules if name == "torchvision" or name.startswith("torchvision.")]:
             del sys.modules[name]
-        library = torch.library.Library("torchvision", "FRAGMENT")
+        fragment = library.Library("torchvision", "FRAGMENT")
         for operator in ("nms", "qnms"):
-            library.define(f"{operator}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-        _declared.append(library)
+            fragment.define(f"{operator}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+        _declared.append(fragment)
         from torchvision import datasets
     return datasets
