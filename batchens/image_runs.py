@@ -10,6 +10,7 @@ from torch import nn
 from batchens import optimizers
 from batchens.data import images as data
 from batchens.data.images import Images
+from batchens.results import CURVE, METRICS, numbers
 from batchens.run import Run
 from batchens.training import Regime, choose_device, device_facts, fit, keep_freed_memory
 
@@ -22,11 +23,14 @@ def train_on_images(
     ensemble_size: int,
     regime: Regime,
     hess_init: float = 0.5,
+    beta2: float | None = None,
+    posterior_samples: int = 0,
 ) -> Path:
     """Train what `build` returns for these images, with checkpoints, and write the result; return its path.
 
     `config` has the fields dataset, device, threads, optimizer, learning_rate, weight_decay, momentum, epochs, warmup_epochs,
-    batch_size, augment, seed, precision and compile, as in `scripts/parameter_testing.py`; `hess_init` is IVON's.
+    batch_size, augment, seed, precision and compile, as in `scripts/parameter_testing.py`; `hess_init` and
+    `posterior_samples` are IVON's, `beta2` is Adam's and IVON's.
 
     Raises: what `batchens.training.fit` does.
     """
@@ -43,6 +47,7 @@ def train_on_images(
         learning_rate=config.learning_rate,
         weight_decay=config.weight_decay,
         momentum=config.momentum,
+        beta2=beta2,
         training_examples=len(images.train),
         hess_init=hess_init,
     )
@@ -60,14 +65,31 @@ def train_on_images(
         seed=config.seed,
         precision=config.precision,
         compiled=config.compile,
+        posterior_samples=posterior_samples,
         checkpoint=run.checkpoint,
         on_epoch=lambda new: run.after_epoch(new, config.epochs),
     )
     path = run.write(
-        rows,
+        [*rows, weights_row(model, config.epochs)],
+        measured=(*METRICS, *CURVE),
         parameters=sum(parameter.numel() for parameter in model.parameters()),
         **device_facts(device, config.precision, optimizer, config.compile),
         data_source=images.source,
     )
     print(f"written: {path}")
     return path
+
+
+def weights_row(model: nn.Module, epoch: int) -> dict[str, Any]:
+    """Return the row of split weights: the density of the slow weights in 81 bins, up to 5 standard deviations."""
+    weights = torch.cat([weight.detach().flatten() for weight in optimizers.slow_weights(model)]).float().cpu()
+    reach = 5 * weights.std().item() or 1.0  # of weights that are all equal too
+    counts, edges = weights.histogram(81, range=(-reach, reach))
+    density = counts / len(weights) / (edges[1] - edges[0])
+    return {
+        "epoch": epoch,
+        "split": "weights",
+        "member": None,
+        "x": numbers((edges[1:] + edges[:-1]) / 2),
+        "y": numbers(density),
+    }

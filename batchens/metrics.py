@@ -7,7 +7,6 @@ import math
 from itertools import combinations
 from typing import Any
 
-import torch
 from torch import Tensor
 
 ECE_BINS = 15
@@ -68,12 +67,28 @@ def ece(log_probs: Tensor, labels: Tensor, bins: int = ECE_BINS) -> float:
 
     The mean over examples of |accuracy - mean confidence| of the example's bin; confidence is the highest probability.
     """
+    confidence, right, bin_of = _binned(log_probs, labels, bins)
+    return confidence.new_zeros(bins).index_add_(0, bin_of, right - confidence).abs().sum().item() / len(labels)
+
+
+def reliability(log_probs: Tensor, labels: Tensor, bins: int = ECE_BINS) -> tuple[Tensor, Tensor, Tensor]:
+    """Return of each bin of `ece` the mean confidence, the accuracy and the share of the examples: (bins,) each.
+
+    Confidence and accuracy of a bin without examples are nan.
+    """
+    confidence, right, bin_of = _binned(log_probs, labels, bins)
+    n = bin_of.bincount(minlength=bins).to(confidence)
+    sums = (confidence.new_zeros(bins).index_add_(0, bin_of, values) for values in (confidence, right))
+    mean_confidence, accuracies = (total / n for total in sums)
+    return mean_confidence, accuracies, n / len(labels)
+
+
+def _binned(log_probs: Tensor, labels: Tensor, bins: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Return of each example its confidence, whether it is right, and its bin, k for (k / bins, (k + 1) / bins]."""
     log_confidence, predicted = log_probs.max(-1)
     confidence = log_confidence.exp()
-    right = (predicted == labels).to(confidence)
-    bin_of = (confidence * bins).ceil().long().sub(1).clamp(0, bins - 1)  # bins are (k / bins, (k + 1) / bins]
-    gap = torch.zeros(bins, dtype=confidence.dtype, device=confidence.device).index_add_(0, bin_of, right - confidence)
-    return gap.abs().sum().item() / len(labels)
+    bin_of = (confidence * bins).ceil().long().sub(1).clamp(0, bins - 1)
+    return confidence, (predicted == labels).to(confidence), bin_of
 
 
 def disagreement(log_probs: Tensor) -> float:

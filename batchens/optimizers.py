@@ -3,6 +3,7 @@
 IVON comes from `ivon-opt` (Shen et al. 2024, arXiv:2402.17641); its traps are handled around it, here:
 
 - gradients must be made inside `sampled_params(train=True)`: `step` does so, and nothing else in the suite steps;
+- a parameter without a gradient, which the loss did not depend on, stops it with an AttributeError: `step` makes it a zero;
 - `sampled_params` leaves the noisy weights in place when something is raised inside: `sampled` puts the means back;
 - its state_dict forgets the step count, which its debiasing needs, and loads its buffers onto the device they were saved
   from: `state_of` and `load_state` see to both.
@@ -15,6 +16,8 @@ from typing import Any, Literal, cast
 import torch
 from ivon import IVON
 from torch import Tensor, nn
+
+from batchens.layers import BatchEnsembleBatchNorm2d, BatchEnsembleConv2d, BatchEnsembleLinear
 
 Name = Literal["sgd", "adam", "ivon"]
 
@@ -43,15 +46,21 @@ def build(
     learning_rate: float,
     weight_decay: float,
     momentum: float = 0.9,
+    beta2: float | None = None,
     training_examples: int,
     hess_init: float = 0.5,
 ) -> torch.optim.Optimizer:
     """Return the optimizer of that name over `parameter_groups(model, weight_decay)`.
 
+    For IVON what belongs to single members of a BatchEnsemble is a third group. The loss is the mean of the members', so a
+    member's own parameters see 1 / ensemble_size of its gradient; an effective sample size of training_examples *
+    ensemble_size makes their posterior that of the member's whole likelihood. Shared weights learn from the mean itself.
+
     Args:
-        name: "sgd" (Nesterov; `momentum` > 0), "adam" (AdamW, betas `momentum` and 0.999) or "ivon".
+        name: "sgd" (Nesterov; `momentum` > 0), "adam" (AdamW) or "ivon".
         weight_decay: for SGD and IVON in the gradient of the mean loss, for Adam decoupled.
         momentum: the decay of the first moment: SGD's momentum, Adam's and IVON's beta1.
+        beta2: the decay of Adam's squared gradients, 0.999 if not given, and of IVON's Hessian, 0.99999.
         training_examples: IVON's effective sample size: with it the posterior is neither tempered nor cooled.
         hess_init: IVON's initial Hessian, 0.5 in its authors' image experiments.
     """
@@ -59,10 +68,32 @@ def build(
     if name == "sgd":
         return torch.optim.SGD(groups, lr=learning_rate, momentum=momentum, nesterov=momentum > 0)
     if name == "adam":
-        return torch.optim.AdamW(groups, lr=learning_rate, betas=(momentum, 0.999))
+        return torch.optim.AdamW(groups, lr=learning_rate, betas=(momentum, 0.999 if beta2 is None else beta2))
     if name == "ivon":
-        return IVON(groups, lr=learning_rate, ess=training_examples, beta1=momentum, hess_init=hess_init)
+        return IVON(
+            _with_members_apart(model, groups, training_examples),
+            lr=learning_rate,
+            ess=training_examples,
+            beta1=momentum,
+            beta2=0.99999 if beta2 is None else beta2,
+            hess_init=hess_init,
+        )
     raise ValueError(f'an optimizer must be "sgd", "adam" or "ivon", however: {name!r}')
+
+
+def _with_members_apart(model: nn.Module, groups: list[dict[str, Any]], training_examples: int) -> list[dict[str, Any]]:
+    own: dict[int, int] = {}
+    for layer in model.modules():
+        if isinstance(layer, BatchEnsembleLinear | BatchEnsembleConv2d):
+            own |= {id(p): layer.ensemble_size for p in (layer.alpha, layer.gamma, layer.bias) if p is not None}
+        elif isinstance(layer, BatchEnsembleBatchNorm2d):
+            own |= {id(p): layer.ensemble_size for p in layer.parameters() if p.dim() == 2}
+    split = []
+    for group in groups:
+        for size in sorted({own.get(id(p), 1) for p in group["params"]}):
+            mine = [p for p in group["params"] if own.get(id(p), 1) == size]
+            split.append(group | {"params": mine, "ess": training_examples * size})
+    return split
 
 
 def step(
@@ -79,6 +110,9 @@ def step(
     if isinstance(optimizer, IVON):
         with sampled(optimizer, train=True):
             loss_of().backward()
+            for parameter in (parameter for group in optimizer.param_groups for parameter in group["params"]):
+                if parameter.grad is None:
+                    parameter.grad = torch.zeros_like(parameter)
         optimizer.step()
     elif scaler is not None:
         scaler.scale(loss_of()).backward()

@@ -9,6 +9,7 @@ empty in the row of the ensemble's averaged prediction. Every row carries the wh
 | run_id, experiment, <config ...>           | what was run                                                               |
 | parameters                                 | number of trained parameters                                               |
 | epoch, split, member                       | epoch from 1; test only at the last one                                    |
+| x, y, n                                    | what a figure draws, in rows of split reliability and weights              |
 | accuracy, nll, brier, ece                  | of this member or the ensemble (`batchens.metrics`); train: running means  |
 | disagreement, epistemic                    | between members, ensemble rows only                                        |
 | rmse ... spread                            | in place of these six in regression (`batchens.regression`)                |
@@ -37,6 +38,16 @@ from batchens.files import ROOT, write_text
 
 METRICS = ("accuracy", "nll", "brier", "ece", "disagreement", "epistemic")
 REGRESSION_METRICS = ("rmse", "nll", "coverage_50", "coverage_90", "coverage_95", "spread")
+
+
+# in a row of split reliability: mean confidence, accuracy and share of the test images in each of the 15 bins of ECE, of the
+# ensemble's prediction; in one of split weights: centre and density of each bin of a histogram of the slow weights
+CURVE = ("x", "y", "n")
+
+
+def numbers(values: Iterable[float]) -> str:
+    """Return the cell of a curve: its numbers, to 5 digits, separated by spaces."""
+    return " ".join(f"{float(value):.5g}" for value in values)
 
 
 def result_path(folder: Path, experiment: str, run_id: str) -> Path:
@@ -153,12 +164,14 @@ def scheduler_job_id() -> str:
 def differences(rows: Iterable[Mapping[str, Any]], others: Iterable[Mapping[str, Any]]) -> dict[str, float]:
     """Return the largest absolute difference of each metric between two runs' CSV rows, matched by epoch, split, member.
 
-    The metrics are those that the rows have columns for. Infinite where only one of the two has a number. Raises ValueError
-    when they have not the same rows.
+    The metrics are those that the rows have columns for; rows of a curve, without any, are not compared. Infinite where only
+    one of the two has a number. Raises ValueError when they have not the same rows.
     """
+    known = (*METRICS, *REGRESSION_METRICS)
 
     def by_key(table: Iterable[Mapping[str, Any]]) -> dict[tuple[str, ...], Mapping[str, Any]]:
-        return {tuple(str(row[name]) for name in ("epoch", "split", "member")): row for row in table}
+        measured = (row for row in table if any(row.get(name) not in ("", None) for name in known))
+        return {tuple(str(row[name]) for name in ("epoch", "split", "member")): row for row in measured}
 
     one, two = by_key(rows), by_key(others)
     if one.keys() != two.keys():
@@ -169,5 +182,5 @@ def differences(rows: Iterable[Mapping[str, Any]], others: Iterable[Mapping[str,
         return 0.0 if all(absent) else math.inf if any(absent) else abs(float(first) - float(second))
 
     columns = set().union(*one.values(), *two.values())
-    metrics = [name for name in dict.fromkeys((*METRICS, *REGRESSION_METRICS)) if name in columns]
+    metrics = [name for name in dict.fromkeys(known) if name in columns]
     return {name: max(difference(row[name], two[key][name]) for key, row in one.items()) for name in metrics}

@@ -28,8 +28,9 @@ from batchens.data.catalog import DATASETS
 from batchens.data.images import Images, normalise
 from batchens.files import replacing
 from batchens.layers import members, repeat
-from batchens.metrics import measure
+from batchens.metrics import measure, mixture, reliability
 from batchens.models.deep_ensemble import DeepEnsemble
+from batchens.results import CURVE, numbers
 
 Regime = Literal["repeat", "split"]
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
@@ -153,6 +154,8 @@ def fit(
     seed: int,
     precision: Precision = "auto",
     compiled: bool = False,
+    objective: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None,
+    posterior_samples: int = 0,
     checkpoint: Path | None = None,
     on_epoch: Callable[[Rows], None] = lambda rows: None,
 ) -> Rows:
@@ -160,17 +163,25 @@ def fit(
 
     `batch_size` is the number of new images of a step: under "repeat" every member sees all of them, under "split" a share.
     The loss is the mean of the members' losses; for a DeepEnsemble their sum, so that each network's gradient is that of
-    its own loss, as if it were trained alone with this learning rate.
+    its own loss, as if it were trained alone with this learning rate. An `objective` of (x, logits, labels), x being the batch
+    that the network was given, is minimised in its place; the rows' NLL stays that of the labels.
+
+    The test rows are followed by one of split reliability (`batchens.results.CURVE`). With IVON and `posterior_samples`, the
+    predictions of the final network are averaged over so many draws from its posterior too, all members of all of them: splits
+    validation_posterior and test_posterior.
 
     A `checkpoint` that is there already is gone on from. `on_epoch` is called after each checkpoint with the epoch's rows.
 
     Raises:
-        ValueError: the batch does not divide or is larger than the data; a number format that does not go.
+        ValueError: the batch does not divide or is larger than the data; a number format that does not go; samples of the
+            posterior of another optimizer than IVON.
         Diverged: the training loss of an epoch, or a prediction after it, is not finite.
     """
     device = images.train.images.device
     dtype = autocast_dtype(precision, device, optimizer)
     steps = check_batches(ensemble_size, regime, batch_size, len(images.train))
+    if posterior_samples and not isinstance(optimizer, IVON):
+        raise ValueError(f"posterior_samples must be 0 but with IVON, however: {posterior_samples}")
     scheduler = schedule(optimizer, round(warmup_epochs * steps), epochs * steps)
     scaler = torch.amp.GradScaler(device.type) if dtype == torch.float16 else None
     order = torch.Generator().manual_seed(seed)
@@ -208,6 +219,8 @@ def fit(
                 each = member_losses(logits, y, ensemble_size)
                 losses.add_(each.detach())
                 correct.add_(members(logits.detach().argmax(-1) == y, ensemble_size).float().mean(1))
+                if objective is not None:
+                    return objective(x, logits, y)
                 return each.sum() if independent else each.mean()
 
             optimizers.step(optimizer, loss_of, scaler)
@@ -242,6 +255,20 @@ def fit(
                     raise diverged(epoch)
                 labels = getattr(images, split).labels
                 new += [{"epoch": epoch, "split": split, **row, **costs} for row in measure(log_probs, labels)]
+                if split == "test":
+                    curve = map(numbers, reliability(mixture(log_probs), labels))
+                    new.append(
+                        {"epoch": epoch, "split": "reliability", "member": None, **dict(zip(CURVE, curve, strict=True))}
+                    )
+            if epoch == epochs and posterior_samples:
+                assert isinstance(optimizer, IVON)
+                for split in evaluated:
+                    draws_of = []
+                    for _ in range(posterior_samples):
+                        with optimizers.sampled(optimizer):
+                            draws_of.append(predict(model, images, split, ensemble_size, dtype))
+                    averaged = measure(torch.cat(draws_of), getattr(images, split).labels)[-1]
+                    new.append({"epoch": epoch, "split": f"{split}_posterior", **averaged, **costs})
             rows += new
             saved.save(rows)
             on_epoch(new)

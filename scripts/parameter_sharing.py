@@ -21,9 +21,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Literal
 
-from batchens.data.catalog import DATASETS, DatasetName
+from batchens.data.catalog import DatasetName
 from batchens.grid import grid, unique
 from batchens.run import Folders, Run, command_line
+from batchens.settings import check
 
 if TYPE_CHECKING:
     from torch import nn
@@ -128,28 +129,9 @@ class Config:
                 neutral(batchnorm="shared")
             elif self.ties == "part":
                 neutral(batchnorm="member")  # of channels that members do not share
-        for name, least in (
-            ("ensemble_size", 1 if self.regime == "within" else 2),
-            ("epochs", 1),
-            ("batch_size", 1),
-            ("warmup_epochs", 0),
-            ("weight_decay", 0),
-            ("threads", 0),
-        ):
-            if not getattr(self, name) >= least:
-                raise ValueError(f"{name} must be at least {least}, however: {getattr(self, name)}")
-        if not self.warmup_epochs < self.epochs:
-            raise ValueError(f"warmup_epochs must be below epochs={self.epochs}, however: {self.warmup_epochs}")
-        if not self.learning_rate > 0:
-            raise ValueError(f"learning_rate must be positive, however: {self.learning_rate}")
-        for name in ("alpha_init", "gamma_init"):
-            value = getattr(self, name)
-            if value is not None and not value <= 1:
-                raise ValueError(f"{name} must be negative, between 0 and 1, or None, however: {value}")
-        if self.model in CONVOLUTIONS and DATASETS[self.dataset].shape[-1] < 28:
-            raise ValueError(
-                f"{self.model} takes images of 28x28 or 32x32, however {self.dataset} has smaller ones; use cnn or mlp"
-            )
+        check(self)
+        if self.regime != "within" and self.ensemble_size < 2:
+            raise ValueError(f"ensemble_size must be at least 2, however: {self.ensemble_size}")
         if self.method == "same_size" and self.model == "cnn":
             raise ValueError("same_size must be of a model whose width can be chosen, mlp or vgg11, however: cnn")
 

@@ -24,7 +24,7 @@ from typing import Any, ClassVar, Literal
 
 from batchens.data.skafte import GENERATORS, Dataset, GeneratorName, load
 from batchens.grid import grid, unique
-from batchens.results import REGRESSION_METRICS
+from batchens.results import REGRESSION_METRICS, numbers
 from batchens.run import Folders, Run, command_line
 
 EVALUATION_POINTS = 1000  # of each split but the training points
@@ -253,9 +253,8 @@ def curves(config: Config, data: Dataset, predict: Any) -> list[dict[str, Any]]:
     """
     from batchens.regression import mixture_moments, mixture_quantile
 
-    def row(split: str, member: int | None = None, **numbers: Any) -> dict[str, Any]:
-        cells = {name: " ".join(f"{float(value):.5g}" for value in values) for name, values in numbers.items()}
-        return {"split": split, "member": member, **cells}
+    def row(split: str, member: int | None = None, **curves: Any) -> dict[str, Any]:
+        return {"split": split, "member": member, **{name: numbers(values) for name, values in curves.items()}}
 
     generator = GENERATORS[config.generator]
     x = generator.grid(CURVE_POINTS)

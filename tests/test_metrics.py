@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from torch.nn import functional as F
 
 from batchens.data.vision import import_datasets
-from batchens.metrics import accuracy, brier, disagreement, ece, epistemic, measure, mixture, nll
+from batchens.metrics import accuracy, brier, disagreement, ece, epistemic, measure, mixture, nll, reliability
 
 
 @pytest.fixture(scope="module")
@@ -85,6 +85,17 @@ def test_ece_by_hand():
     # confidences 0.95, 0.95 (one right), 0.55 (right): (2 |0.5 - 0.95| + 1 |1 - 0.55|) / 3
     log_probs = log_of([0.95, 0.05], [0.95, 0.05], [0.45, 0.55])
     assert ece(log_probs, torch.tensor([0, 1, 1])) == pytest.approx((2 * 0.45 + 0.45) / 3)
+
+
+def test_reliability_gives_what_ece_sums_up():
+    torch.manual_seed(0)
+    log_probs, labels = torch.randn(500, 4).mul(3).log_softmax(-1).double(), torch.randint(4, (500,))
+    confidence, accuracies, share = reliability(log_probs, labels)
+    assert share.sum().item() == pytest.approx(1)
+    assert ((share == 0) == confidence.isnan()).all() and (share == 0).any()  # none is as unsure as below 1/4
+    assert (share * (accuracies - confidence).abs()).nansum().item() == pytest.approx(ece(log_probs, labels), abs=1e-12)
+    bins = (confidence * 15).ceil() - 1
+    assert (bins[share > 0] == torch.arange(15)[share > 0]).all()
 
 
 def test_errors_of_opposite_sign_cancel_in_a_bin_and_not_across_bins():

@@ -98,7 +98,11 @@ def test_a_step_is_ivons_own_loop_under_the_same_noise():
     ours = ensemble()
     theirs = copy.deepcopy(ours)
     optimizer = built("ivon", ours)
-    by_hand = IVON(parameter_groups(theirs, 0.01), lr=0.1, ess=100, beta1=0.9, hess_init=0.5)
+    slow, others = parameter_groups(theirs, 0.01)
+    own = [p for layer in (theirs[0], theirs[4]) for p in (layer.alpha, layer.gamma, layer.bias)]
+    own += list(theirs[1].parameters())  # member_affine
+    assert {id(p) for p in own} == {id(p) for p in others["params"]}
+    by_hand = IVON([slow, others | {"ess": 200}], lr=0.1, ess=100, beta1=0.9, hess_init=0.5)  # two members
     x = torch.randn(4, 1, 4, 4)
     for seed in range(5):
         torch.manual_seed(seed)
@@ -126,12 +130,45 @@ def test_means_are_back_bit_for_bit_after_an_exception(train, error):
     assert all(isinstance(p, nn.Parameter) for p in model.parameters())
 
 
-def test_means_are_back_when_a_parameter_got_no_gradient():
-    model = ensemble()
-    before = copy.deepcopy(list(model.parameters()))
-    with pytest.raises(AttributeError):
-        optimizers.step(built("ivon", model), lambda: model[0].weight.sum())
-    assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+def test_what_members_share_has_the_sample_size_of_the_data_and_what_one_owns_that_of_all_members():
+    model = batch_ensemble(plain(), ensemble_size=3, alpha_init=-0.5, gamma_init=None)  # BatchNorm shared
+    ess = {id(p): group["ess"] for group in built("ivon", model).param_groups for p in group["params"]}
+    owned = {id(p) for layer in (model[0], model[4]) for p in (layer.alpha, layer.bias)}
+    assert ess == {id(p): 300 if id(p) in owned else 100 for p in model.parameters()}
+    assert {group["ess"] for group in built("ivon", deep()).param_groups} == {100}
+
+
+def test_the_posterior_of_a_members_own_factor_is_that_of_its_whole_likelihood():
+    # two members, alpha_m scaling one input: mean loss (l_1 + l_2) / 2, l_m = 3/2 (alpha_m w - t)^2 of 1000 examples, w = 1
+    model = nn.Sequential(nn.Linear(1, 256, bias=False).double())
+    nn.init.ones_(model[0].weight)
+    model = batch_ensemble(model, ensemble_size=2, alpha_init=None, gamma_init=0.5)
+    model[0].weight.requires_grad_(False)
+    optimizer = built(
+        "ivon", model, learning_rate=0.1, weight_decay=0.0, training_examples=1000, hess_init=1.0, beta2=0.995
+    )
+    for _ in range(1500):
+        optimizers.step(optimizer, lambda: 3 / 2 * (model[0].gamma - 0.0).square().sum() / 2)
+    (group,) = (group for group in optimizer.param_groups if group["ess"] == 2000)
+    assert (group["ess"] * group["hess"]).mean().item() == pytest.approx(1000 * 3, rel=0.02)
+
+
+def test_a_parameter_without_a_gradient_has_one_of_zero():
+    model, twin = plain(), plain()
+    losses = {
+        model: lambda: model[0].weight.sum(),
+        twin: lambda: sum(0 * p.sum() for p in twin[1:].parameters()) + twin[0].weight.sum(),
+    }
+    for one, loss_of in losses.items():
+        torch.manual_seed(1)
+        optimizers.step(built("ivon", one), loss_of)
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), twin.parameters(), strict=True))
+
+
+def test_beta2_is_the_second_moments():
+    assert built("adam", plain(), beta2=0.99).defaults["betas"] == (0.9, 0.99)
+    assert built("ivon", plain()).defaults["beta2"] == 0.99999
+    assert built("ivon", plain(), beta2=0.99).defaults["beta2"] == 0.99
 
 
 def test_a_sample_has_the_variance_of_the_posterior():

@@ -203,6 +203,12 @@ def test_a_nan_against_a_number_is_not_no_difference():
         assert not differences([metrics(ours)], [metrics(theirs)])["nll"] == 0
 
 
+def test_rows_of_curves_are_not_compared():
+    row = {"epoch": 1, "split": "test", "member": "", "accuracy": 0.5}
+    curve = {"epoch": 1, "split": "weights", "member": "", "accuracy": "", "x": "1 2"}
+    assert differences([row, curve], [row]) == {"accuracy": 0.0}
+
+
 def test_a_row_that_only_one_run_has_is_an_error_whichever_it_is():
     one, two = [metrics(0.5)], [metrics(0.5), metrics(0.5, epoch=2)]
     for ours, theirs in [(two, one), (one, two)]:

@@ -9,11 +9,11 @@ from torch.nn import functional as F
 
 from batchens import optimizers, training
 from batchens.layers import batch_ensemble, members, repeat
-from batchens.metrics import measure
+from batchens.metrics import measure, mixture, reliability
 from batchens.models.cnn import cnn
 from batchens.models.deep_ensemble import DeepEnsemble
 from batchens.models.mlp import mlp
-from batchens.results import METRICS
+from batchens.results import CURVE, METRICS, numbers
 from batchens.training import (
     Diverged,
     autocast_dtype,
@@ -60,8 +60,9 @@ def optimizer_of(name, model, images, learning_rate=0.02):
 
 
 def train(images, model, optimizer="sgd", learning_rate=0.02, **changed):
-    """`fit` with the suite's optimizer of that name; returns its rows."""
-    optimizer = optimizer_of(optimizer, model, images, learning_rate)
+    """`fit` with the suite's optimizer of that name, or a given one; returns its rows."""
+    if isinstance(optimizer, str):
+        optimizer = optimizer_of(optimizer, model, images, learning_rate)
     settings = {"ensemble_size": 2, "regime": "repeat", "epochs": 3, "warmup_epochs": 1, "batch_size": 16} | changed
     torch.manual_seed(5)
     return fit(model, images, optimizer, **({"augmented": True, "seed": 0, "precision": "fp32"} | settings))
@@ -249,7 +250,7 @@ def labelled_images(tiny_images):
 def test_labels_follow_the_images_and_each_member_sees_what_the_regime_says(regime, members_see, labelled_images):
     ensemble = DeepEnsemble([KnowsTheLabel() for _ in range(4)])
     rows = train(labelled_images, ensemble, ensemble_size=4, regime=regime, epochs=1)
-    assert [row["accuracy"] for row in rows] == [1] * len(rows)
+    assert {row["accuracy"] for row in rows if row["split"] != "reliability"} == {1}
     every_image = sorted(tuple(row) for row in labelled_images.train.images.flatten(1).int().tolist())
     seen = [one.seen for one in ensemble.networks]
     if members_see == "all":
@@ -282,9 +283,9 @@ def test_augmentation_is_for_training_only_and_can_be_left_out(labelled_images):
     model = KnowsTheLabel()
     object.__setattr__(labelled_images, "name", "fashion_mnist")  # has crops and flips
     rows = train(labelled_images, model, ensemble_size=1, epochs=1)
-    assert [row["accuracy"] == 1 for row in rows] == [False, True, True, True, True]
+    assert [row["accuracy"] == 1 for row in rows[:-1]] == [False, True, True, True, True]
     rows = train(labelled_images, model, ensemble_size=1, epochs=1, augmented=False)
-    assert all(row["accuracy"] == 1 for row in rows)
+    assert all(row["accuracy"] == 1 for row in rows[:-1])
 
 
 # learning rate
@@ -382,7 +383,7 @@ def test_fp16_is_refused_on_a_cpu_and_with_ivon(tiny_images):
 def test_bf16_runs_on_a_cpu_at_its_own_numbers(tiny_images):
     images = tiny_images()
     exact, rounded = (train(images, build(images), epochs=1, precision=p) for p in ("fp32", "bf16"))
-    nlls = [[row["nll"] for row in rows] for rows in (exact, rounded)]
+    nlls = [[row["nll"] for row in rows[:-1]] for rows in (exact, rounded)]
     assert nlls[0] != nlls[1] and nlls[0] == pytest.approx(nlls[1], rel=0.1)
 
 
@@ -444,8 +445,8 @@ def test_rows_have_each_epoch_split_and_member_once_and_test_at_the_end_only(tin
         for epoch in (1, 2, 3)
         for split in splits[epoch]
         for member in ((0, 1) if split == "train" else (0, 1, None))
-    ]
-    for row in rows:
+    ] + [(3, "reliability", None)]
+    for row in rows[:-1]:
         assert row["seconds"] > 0
         assert row["images_per_second"] == pytest.approx(64 / row["seconds"])
         assert all(name in row for name in (METRICS if row["split"] != "train" else ("accuracy", "nll")))
@@ -459,6 +460,56 @@ def test_the_test_rows_are_those_of_the_final_network(tiny_images):
     assert measured(row for row in rows if row["split"] == "test") == measured(
         {"epoch": 2, "split": "test", **row} for row in expected
     )
+
+
+def test_the_reliability_row_is_that_of_the_ensembles_test_prediction(tiny_images):
+    images = tiny_images()
+    model = build(images)
+    row = train(images, model, epochs=1)[-1]
+    log_probs = predict(model, images, "test", 2)
+    curves = reliability(mixture(log_probs), images.test.labels)
+    assert [row[name] for name in CURVE] == [numbers(values) for values in curves]
+
+
+def test_posterior_rows_average_the_draws_that_follow_training_and_leave_the_network_at_the_mean(tiny_images):
+    images = tiny_images()
+    model, twin = build(images), build(images)
+    rows = train(images, model, "ivon", epochs=2, posterior_samples=3)
+    optimizer = optimizer_of("ivon", twin, images)
+    assert measured(rows[:-2]) == measured(train(images, twin, optimizer, epochs=2))
+    assert_same(model, twin)
+    for row, split in zip(rows[-2:], ("validation", "test"), strict=True):
+        draws = []
+        for _ in range(3):
+            with optimizers.sampled(optimizer):
+                draws.append(predict(twin, images, split, 2))
+        assert not torch.equal(draws[0], draws[1])
+        expected = measure(torch.cat(draws), getattr(images, split).labels)[-1]
+        assert measured([row]) == measured([{"epoch": 2, "split": f"{split}_posterior", **expected}])
+
+
+def test_a_posterior_of_another_optimizer_is_refused(tiny_images):
+    images = tiny_images()
+    with pytest.raises(ValueError, match="posterior_samples must be 0 but with IVON, however: 2"):
+        train(images, build(images), "sgd", posterior_samples=2)
+
+
+def test_an_objective_is_minimised_in_place_of_the_cross_entropy_and_rows_keep_the_latter(tiny_images):
+    images = tiny_images()
+    usual, twin, still = (build(images) for _ in range(3))
+    rows = train(images, usual)
+    batches = []
+
+    def mean_loss(x, logits, labels):
+        batches.append(len(x))
+        return members(F.cross_entropy(logits, labels, reduction="none"), 2).mean(1).mean()
+
+    assert measured(train(images, twin, objective=mean_loss)) == measured(rows)
+    assert_same(usual, twin)
+    assert set(batches) == {32}
+    untrained = train(images, still, epochs=2, objective=lambda x, logits, labels: 0.0 * logits.sum())
+    losses = [row["nll"] for row in untrained if row["split"] == "train"]
+    assert min(losses) > 1  # the loss on labels, of 4 classes, not the objective's 0
 
 
 @pytest.mark.parametrize("method", METHODS)
