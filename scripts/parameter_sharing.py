@@ -162,8 +162,8 @@ def cifar(model: str, *regimes: str) -> list[Config]:
     return unique([config for base in bases for regime in regimes for config in study(base, regime)])
 
 
-def demo() -> list[Config]:
-    base = Config(epochs=5, batch_size=64, learning_rate=0.05)
+def mlp(base: Config) -> list[Config]:
+    """Return all cells tied whole, those where all is tied in the other arms too, and the references."""
     whole = grid(base, regime=["within", "between", "both"], intensity=TIED, seed=SEEDS)
     arms = grid(base, regime=["within", "between", "both"], ties=["scaled", "part"], seed=SEEDS)
     same_size = grid(base, method=["same_size"], regime=["within", "between", "both"], seed=SEEDS)
@@ -175,7 +175,9 @@ GRIDS = {
     "smoke": grid(
         Config(epochs=2, batch_size=64, learning_rate=0.05), regime=["within", "between", "both"], seed=range(2)
     ),
-    "demo": demo(),
+    "demo": mlp(Config(epochs=5, batch_size=64, learning_rate=0.05)),
+    # of 0.02, 0.05 and 0.1 the rate that validation chose for the single network
+    "fashion_mnist": mlp(Config(dataset="fashion_mnist", epochs=10, learning_rate=0.05)),
     "within": cifar("vgg11_repeats", "within"),
     "between": cifar("vgg11", "between"),
     "both": cifar("vgg11_repeats", "both"),
