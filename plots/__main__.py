@@ -1,7 +1,8 @@
-"""Draw every figure of an experiment from its CSV files: python -m plots EXPERIMENT [--results DIR].
+"""Draw every figure of an experiment, or of all that have results, from their CSV files: python -m plots [EXPERIMENT].
 
 Written are <results>/figures/<experiment>/<setting>/<name>.png and .pdf, and beside them a README.md with what was found
-and every caption. An experiment is a module of this package that has
+and every caption; then <results>/figures/index.html, a page with all of them. An experiment is a module of this package
+that has
 
     CONFIG          the columns that every row of a result must state
     METRICS         the columns of its metrics, where they are not those of classification
@@ -18,12 +19,18 @@ from batchens.files import results_folder, write_text
 from batchens.results import METRICS
 
 PACKAGE = Path(__file__).parent
+WHICH = "one of {}; without it, all that have results"
+WAY_OUT = "make some with `python -m jobs submit {} --grid demo --cluster local`, or name another with --results"
 
 
 def experiments() -> list[str]:
     """Return the modules here that have `figures`; none is imported, an answer must not wait for matplotlib."""
     modules = PACKAGE.glob("[!_]*.py")
     return sorted(path.stem for path in modules if "\ndef figures(" in path.read_text(encoding="utf-8"))
+
+
+def has_results(experiment: str, results: Path) -> bool:
+    return any((results / experiment).glob("*.csv"))
 
 
 def draw(experiment: str, results: Path, command: str) -> None:
@@ -34,8 +41,8 @@ def draw(experiment: str, results: Path, command: str) -> None:
     """
     if experiment not in experiments():
         raise ValueError(f"an experiment must be one of {', '.join(experiments())}, however: {experiment}")
-    way_out = f"make some with `python -m jobs submit {experiment} --grid demo --cluster local`, or name another with --results"
-    if not any((results / experiment).glob("*.csv")):
+    way_out = WAY_OUT.format(experiment)
+    if not has_results(experiment, results):
         raise ValueError(f"figures are drawn from results, however {results / experiment} holds none; {way_out}")
 
     from plots.figure import save, style
@@ -81,6 +88,26 @@ def draw(experiment: str, results: Path, command: str) -> None:
         )
 
 
+def draw_all(results: Path, command: str) -> bool:
+    """Draw every experiment that has results; say which could not be drawn, and return whether there was none.
+
+    Raises:
+        ValueError: there are no results.
+    """
+    known = experiments()
+    there = [experiment for experiment in known if has_results(experiment, results)]
+    if not there:
+        raise ValueError(f"figures are drawn from results, however {results} holds none; {WAY_OUT.format(known[0])}")
+    good = True
+    for experiment in there:
+        try:
+            draw(experiment, results, command.format(experiment))
+        except ValueError as error:  # the others are drawn nevertheless
+            print(f"error: {error}", file=sys.stderr)
+            good = False
+    return good
+
+
 def main() -> int:
     import tyro
 
@@ -89,23 +116,37 @@ def main() -> int:
 
     def arguments(
         experiment: Annotated[
-            str, tyro.conf.Positional, tyro.conf.arg(metavar="EXPERIMENT", help=", ".join(experiments()))
-        ],
+            str | None,
+            tyro.conf.Positional,
+            tyro.conf.arg(metavar="[EXPERIMENT]", help_behavior_hint="", help=WHICH.format(", ".join(experiments()))),
+        ] = None,
         results: Annotated[Path, tyro.conf.arg(metavar="DIR", help_behavior_hint="")] = results_folder(),  # noqa: B008
-    ) -> tuple[str, Path]:
-        """Draw every figure of an experiment from its CSV files.
+        page: Annotated[Path | None, tyro.conf.arg(metavar="FILE", help_behavior_hint="")] = None,
+    ) -> tuple[str | None, Path, Path | None]:
+        """Draw every figure of an experiment, or of all, from the CSV files, and write a page with all figures.
 
         Args:
             experiment: whose results to draw
             results: folder of the CSV files, for the figures too (default: $BATCHENS_RESULTS, else results/)
+            page: a file for the page, which needs no other (default: figures/index.html in the folder of results)
         """
-        return experiment, results
+        return experiment, results, page
 
-    experiment, results = tyro.cli(arguments, prog="python -m plots")
+    experiment, results, page = tyro.cli(arguments, prog="python -m plots")
     # the folder is not named: captions are the same wherever they were made
-    command = f"python -m plots {experiment}" + ("" if results == results_folder() else " --results DIR")
+    command = "python -m plots {}" + ("" if results == results_folder() else " --results DIR")
+    results = results.absolute()
+    page = page or results / "figures" / "index.html"
     try:
-        draw(experiment, results.absolute(), command)
+        if experiment is None:
+            good = draw_all(results, command)
+        else:
+            draw(experiment, results, command.format(experiment))
+            good = True
+        from plots.page import write_page
+
+        write_page(page, results, experiments())
+        print(f"the page of all figures: {page} ({page.stat().st_size / 1e6:.1f} MB)")
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -115,7 +156,7 @@ def main() -> int:
             file=sys.stderr,
         )
         return 1
-    return 0
+    return 0 if good else 2
 
 
 if __name__ == "__main__":

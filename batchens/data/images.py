@@ -2,6 +2,7 @@
 
     python -m batchens.data.images cifar10                       # on a machine with network: download and decode
     python -m batchens.data.images cifar10 --data /scratch/me/data
+    python -m batchens.data.images cifar10 --grid cifar10.png    # and some images of each class, to look at
 
 What `prepare` writes, `<folder>/<dataset>.pt`, comes from the first of: scikit-learn (digits); a folder of images
 `<folder>/<dataset>/{train,test}/<class>/*` (cifar20 also takes that of cifar100); torchvision, which downloads unless
@@ -327,12 +328,13 @@ def _socket_timeout(seconds: float) -> Iterator[None]:
         socket.setdefaulttimeout(before)
 
 
-def main(dataset: DatasetName, data: Path | None = None) -> int:
+def main(dataset: DatasetName, data: Path | None = None, grid: Path | None = None) -> int:
     """Fetch and decode one data set, so that no run has to.
 
     Args:
         dataset: the data set
         data: where it is kept; by default $BATCHENS_DATA, else data/ in the repository
+        grid: a PNG file to write too: a row of training images for each class, as stored and as augmented in training
     """
     from batchens.run import guarded
 
@@ -345,6 +347,11 @@ def main(dataset: DatasetName, data: Path | None = None) -> int:
             f"{path}: {len(images.train):,} train, {len(images.validation):,} validation, {len(images.test):,} test "
             f"from {images.source}, in {seconds:.1f} s"
         )
+        if grid:
+            from batchens.data.contact_sheet import save_contact_sheet
+
+            save_contact_sheet(images, grid)
+            print(f"some training images of each class: {grid}")
 
     return guarded(work)
 
