@@ -1,9 +1,9 @@
 """What the figures of all experiments share: one style, words and colours for methods and measures, heatmaps, saving."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 import pandas as pd
@@ -34,7 +34,7 @@ class Measure(NamedTuple):
 
     @property
     def label(self) -> str:
-        return f"{self.name} ({self.unit})"
+        return f"{self.name} ({self.unit})" if self.unit else self.name
 
     @property
     def title(self) -> str:
@@ -53,7 +53,12 @@ MEASURES = {
     "disagreement": Measure("disagreement of members", "%", 2),
     "epistemic": Measure("epistemic uncertainty", "nats", 3),
     "seconds": Measure("training time", "s", 1),
+    "batches_per_second": Measure("training batches per second", "", 1, True),
+    "parameters": Measure("parameters", "", 0, False),
 }
+
+
+Figures: TypeAlias = Iterator[tuple[str, str, Figure]]  # setting/name, caption, figure
 
 
 class Finding(NamedTuple):
@@ -68,6 +73,7 @@ class Look(NamedTuple):
     label: str
     colour: str
     marker: str
+    line: Any = "-"
 
 
 # a method is told apart by its colour, by its marker, and by words

@@ -5,11 +5,12 @@ Each setting has figures of its own. Beside its BatchEnsembles stand, equal in a
 ensembles, and single networks trained for a multiple of the epochs: M times as long sees as many images as all members
 of M do under `repeat`.
 
-Whatever is called best was chosen by the validation accuracy after the last epoch, the mean over seeds; never on test.
+An arm is single, longer (a single network with `size` times the epochs), deep_ensemble or batchensemble; `size` is the number
+of members, for `longer` the multiple. Whatever is called best was chosen on validation (`image_runs.choose`), never on test.
 """
 
-from collections.abc import Collection, Iterator, Sequence
-from typing import Any, NamedTuple, TypeAlias
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -17,17 +18,16 @@ from matplotlib.axes import Axes
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.patheffects import Normal, Stroke
-from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, MaxNLocator, NullLocator
+from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
 from plots.figure import (
     DASHED,
     LOOKS,
     MEASURES,
-    MINUS,
     REFERENCE_COLUMNS,
     TEXT_WIDTH,
     TIMES,
+    Figures,
     Finding,
     colour_bar,
     counted,
@@ -42,8 +42,23 @@ from plots.figure import (
     spread_of,
     with_spread,
 )
-from plots.reading import FACTS
-from plots.statistics import half_width, paired_difference
+from plots.image_runs import (
+    ON_VALIDATION,
+    RELIABILITY,
+    Setting,
+    choose,
+    compared,
+    in_words,
+    provenance,
+    reliability_diagrams,
+    setting_names,
+    summarise_epochs,
+    summarise_reliability,
+    summarise_runs,
+    two_curves,
+    two_members,
+    two_scatters,
+)
 
 SETTING = [
     "dataset", "model", "batchnorm", "regime", "optimizer", "weight_decay", "momentum", "hess_init", "warmup_epochs",
@@ -54,73 +69,15 @@ CONFIG = [*SETTING, *VARIED]
 
 CELL = ["arm", "size", "alpha_init", "gamma_init", "learning_rate"]
 SAME_MEMBERS = 1e-6  # nats of epistemic uncertainty
-# where a dot's number stands, in points: methods that cost the same do not write over each other
-BESIDE = {"longer": (7, -4), "deep_ensemble": (-7, 4), "batchensemble": (0, -8)}
 BANDS = 9  # members are drawn for so many cells, of more only for some
-ON_VALIDATION = "by the last epoch's validation accuracy, the mean over seeds; never on test"
-
-Figures: TypeAlias = Iterator[tuple[str, str, Figure]]
 
 
 # --- from rows to numbers ---------------------------------------------------------------------------------------------
 
 
-def summarise_runs(df: pd.DataFrame) -> pd.DataFrame:
-    """Return one row a run: its configuration, and its measures; shares (accuracy, ECE, disagreement) in percent.
-
-    A mean over epochs that lacks an epoch's value is absent, not the mean of the others.
-    """
-    ensemble = df[df["member"].isna()]
-    test = ensemble[(ensemble["split"] == "test") & (ensemble["epoch"] == ensemble["epochs"])].set_index("run_id")
-    runs = test[[*CONFIG, *FACTS]].copy()
-    for name in ("accuracy", "nll", "brier", "ece"):
-        runs[f"test_{name}"] = test[name] * (100 if name in ("accuracy", "ece") else 1)
-    runs["disagreement"] = 100 * test["disagreement"]
-    runs["epistemic"] = test["epistemic"]
-    epochs = summarise_epochs(df).set_index("run_id")
-    last = epochs[epochs["epoch"] == epochs["epochs"]]
-    runs["validation_accuracy"], runs["validation_nll"] = last["validation_accuracy"], last["validation_nll"]
-    for name in ("validation_accuracy", "train_nll"):
-        of_run = epochs.groupby("run_id")[name]
-        runs[f"mean_{name}"] = of_run.mean().where(of_run.count() == of_run.size())
-    runs["seconds"] = epochs.groupby("run_id")["seconds"].sum()
-    return runs.reset_index()
-
-
-def summarise_epochs(df: pd.DataFrame) -> pd.DataFrame:
-    """Return one row a run and epoch: train_nll (the members' mean), validation_accuracy (%) and validation_nll, seconds."""
-    by = ["run_id", "epochs", "seed", "epoch"]
-    train = df[df["split"] == "train"].groupby(by)
-    validation = df[(df["split"] == "validation") & df["member"].isna()].set_index(by)
-    epochs = train.agg(train_nll=("nll", "mean"), seconds=("seconds", "first"))
-    epochs["validation_accuracy"] = 100 * validation["accuracy"]
-    epochs["validation_nll"] = validation["nll"]
-    return epochs.reset_index()
-
-
-def summarise_members(df: pd.DataFrame) -> pd.DataFrame:
-    """Return one row a run and member on the test set: test_accuracy (%), test_nll."""
-    test = df[(df["split"] == "test") & df["member"].notna()]
-    members = test[["run_id", "seed", "member"]].copy()
-    members["test_accuracy"], members["test_nll"] = 100 * test["accuracy"], test["nll"]
-    return members.reset_index(drop=True)
-
-
-class Setting(NamedTuple):
-    """The runs that may be compared, one row each (`summarise_runs`).
-
-    `arm` says which part a run plays in it: single, longer (a single network with `size` times the epochs), deep_ensemble
-    or batchensemble; `size` is the number of members, for `longer` the multiple.
-    """
-
-    name: str
-    fields: dict[str, Any]
-    runs: pd.DataFrame
-
-
 def settings(df: pd.DataFrame) -> list[Setting]:
     """Return the settings of a results table, by name; a single network may belong to several."""
-    runs = summarise_runs(df)
+    runs = summarise_runs(df, CONFIG)
     found: list[tuple[dict[str, Any], pd.DataFrame]] = []
     taken: set[str] = set()
     for method in ("batchensemble", "deep_ensemble", "single"):  # what has no setting yet makes its own
@@ -128,7 +85,8 @@ def settings(df: pd.DataFrame) -> list[Setting]:
             fields = {name: left.iloc[0][name] for name in SETTING}
             found.append((fields, _belonging(runs, fields)))
             taken |= set(found[-1][1]["run_id"])
-    return sorted(Setting(name, *item) for name, item in zip(_names([f for f, _ in found]), found, strict=True))
+    names = setting_names([fields for fields, _ in found])
+    return sorted(Setting(name, *item) for name, item in zip(names, found, strict=True))
 
 
 def _belonging(runs: pd.DataFrame, fields: dict[str, Any]) -> pd.DataFrame:
@@ -148,35 +106,6 @@ def _belonging(runs: pd.DataFrame, fields: dict[str, Any]) -> pd.DataFrame:
     return mine.sort_values([*CELL, "seed"]).reset_index(drop=True)
 
 
-def _names(every: list[dict[str, Any]]) -> list[str]:
-    """Return a folder's name for each setting: data and model, and what tells it from others of the same two."""
-    names = []
-    for fields in every:
-        namesakes = [f for f in every if (f["dataset"], f["model"]) == (fields["dataset"], fields["model"])]
-        differing = [name for name in SETTING if len({str(f[name]) for f in namesakes}) > 1]
-        names.append("-".join([fields["dataset"], fields["model"], *(f"{name}_{fields[name]}" for name in differing)]))
-    return names
-
-
-def choose(runs: pd.DataFrame) -> pd.DataFrame:
-    """Return the runs of the best cell (alpha, gamma, learning rate) of each arm and size, chosen on validation.
-
-    By the last epoch's validation accuracy, the mean over seeds; of equals the one with the lower validation NLL. A cell
-    of one seed is chosen only where no cell has more. `candidates` is the number of cells that were chosen from: the best
-    of many is flattered by chance more than the best of few.
-    """
-    cells = runs.groupby(CELL, dropna=False).agg(
-        accuracy=("validation_accuracy", "mean"), nll=("validation_nll", "mean"), seeds=("seed", "nunique")
-    )
-    cells["accuracy"] = cells["accuracy"].round(9)  # the order of a sum decides nothing
-    cells["several"] = cells["seeds"] > 1
-    ranked = cells.sort_values(
-        ["several", "accuracy", "nll"], ascending=[False, False, True], kind="stable"
-    ).reset_index()
-    ranked["candidates"] = ranked.groupby(["arm", "size"])["seeds"].transform("size")
-    return runs.merge(ranked.drop_duplicates(["arm", "size"])[[*CELL, "candidates"]], on=CELL)
-
-
 def main_size(runs: pd.DataFrame) -> int | None:
     """Return the ensemble size most runs are of, the larger of equals: the one that methods are compared at."""
     for arm in ("batchensemble", "deep_ensemble", "longer"):
@@ -188,7 +117,7 @@ def main_size(runs: pd.DataFrame) -> int | None:
 
 def summarise_arms(runs: pd.DataFrame) -> dict[str, pd.DataFrame]:
     """Return the chosen runs of each method at the main ensemble size, by label: what is compared with what."""
-    chosen, size = choose(runs), main_size(runs)
+    chosen, size = choose(runs, CELL), main_size(runs)
     arms = {}
     for arm in LOOKS:
         mine = chosen[(chosen["arm"] == arm) & (chosen["size"] == (1 if arm == "single" else size))]
@@ -213,10 +142,9 @@ def summarise_sizes(runs: pd.DataFrame, measure: str) -> pd.DataFrame:
 
 def summarise_chosen(runs: pd.DataFrame) -> pd.DataFrame:
     """Return, as text, what was chosen on validation for each method and size: its settings, n, and its measures."""
-    measures = ("test_accuracy", "test_nll", "test_brier", "test_ece", "disagreement", "epistemic", "seconds")
     rows = []
     for arm in LOOKS:
-        chosen = choose(runs[runs["arm"] == arm])
+        chosen = choose(runs[runs["arm"] == arm], CELL)
         for size in levels_of(chosen["size"]):
             mine, fast = chosen[chosen["size"] == size], arm == "batchensemble"
             first = mine.iloc[0]
@@ -229,10 +157,7 @@ def summarise_chosen(runs: pd.DataFrame) -> pd.DataFrame:
                 "seeds": str(len(mine)),
                 "parameters": f"{first['parameters']:,}",
             }
-            for name in measures:
-                known = bool(mine[name].notna().any())  # a single network has no disagreement
-                row[MEASURES[name].label] = with_spread(mine[name], MEASURES[name], unit=False) if known else ""
-            rows.append(row)
+            rows.append(row | in_words(mine))
     return pd.DataFrame(rows)
 
 
@@ -291,81 +216,6 @@ def draw_sizes(runs: pd.DataFrame, ax: Axes, *, measures: Sequence[str], rates: 
     return ax
 
 
-def draw_members(runs: pd.DataFrame, ax: Axes, *, members: pd.DataFrame, measure: str) -> Axes:
-    """Draw each arm (`label`) as a band, a line in it for each seed: small dots are members, the large one their ensemble.
-
-    A vertical stroke through the band is the mean over seeds.
-    """
-    labels = list(dict.fromkeys(runs["label"]))
-    of_run = dict(iter(members.groupby("run_id")[measure]))
-    for y, label in enumerate(labels):
-        mine = runs[runs["label"] == label].sort_values("seed")
-        look = LOOKS[mine["arm"].iloc[0]]
-        for i, run in enumerate(mine.itertuples()):
-            at = y + 0.62 * ((i + 0.5) / len(mine) - 0.5)
-            own = of_run[run.run_id]
-            if len(own) > 1:
-                ax.plot([own.min(), own.max()], [at, at], color=look.colour, lw=0.5, alpha=0.5)
-                ax.plot(own, [at] * len(own), "o", color=look.colour, ms=2.4, mew=0, alpha=0.55)
-            ax.plot(getattr(run, measure), at, look.marker, color=look.colour, ms=4.6, mec="white", mew=0.5, zorder=3)
-        ax.plot([mine[measure].mean()] * 2, [y - 0.4, y + 0.4], color=look.colour, lw=1.2, zorder=2.5)
-    ax.set_yticks(range(len(labels)), labels)
-    ax.set_ylim(len(labels) - 0.45, -0.55)
-    ax.tick_params(axis="y", length=0)
-    ax.grid(False, axis="y")
-    ax.set_xlabel(MEASURES[measure].label)
-    return ax
-
-
-def draw_scatter(runs: pd.DataFrame, ax: Axes, *, x: str, y: str, joined: bool = False) -> Axes:
-    """Draw one measure against another: small dots are runs, large ones the mean of each cell, open ones not `chosen`.
-
-    An arm without x (a single network has no disagreement) is a dashed line at its mean. `joined` means are connected in
-    the order of their size, and say it.
-    """
-    for arm, look in reversed(LOOKS.items()):
-        mine = runs[runs["arm"] == arm]
-        if mine.empty:
-            continue
-        if mine[x].isna().all():
-            ax.axhline(mine[y].mean(), color=look.colour, linestyle=DASHED, lw=1)
-            continue
-        ax.plot(mine[x], mine[y], look.marker, color=look.colour, ms=2.6, mew=0, alpha=0.5)
-        means = mine.groupby(["chosen", *CELL], dropna=False)[[x, y]].mean().reset_index().sort_values("size")
-        for chosen, face, edge in ((False, "none", look.colour), (True, look.colour, "white")):
-            some = means[means["chosen"] == chosen]
-            line, large = "-" if joined else "", 3.4 if len(some) > 20 else 5.2
-            ax.plot(
-                some[x], some[y], look.marker, ls=line, color=look.colour, lw=0.9, ms=large, mfc=face, mec=edge, mew=0.7
-            )
-        if joined and arm != "single":
-            for size, at_x, at_y in means[["size", x, y]].itertuples(index=False):
-                text = ax.annotate(
-                    f"{size:g}", (at_x, at_y), BESIDE[arm], textcoords="offset points", ha="center", va="center"
-                )
-                text.set(
-                    color=look.colour, fontsize=6.5, path_effects=[Stroke(linewidth=1.5, foreground="white"), Normal()]
-                )
-    ax.set_xlabel(MEASURES[x].label)
-    ax.set_ylabel(MEASURES[y].label)
-    return ax
-
-
-def draw_curves(epochs: pd.DataFrame, ax: Axes, *, measure: str) -> Axes:
-    """Draw a measure against the epoch for each arm: thin lines are seeds, thick ones their mean."""
-    for arm, look in LOOKS.items():
-        mine = epochs[epochs["arm"] == arm]
-        for _, run in mine.groupby("run_id"):
-            ax.plot(run["epoch"], run[measure], color=look.colour, lw=0.5, alpha=0.45)
-        if len(mine):
-            mean = mine.groupby("epoch")[measure].mean()
-            ax.plot(mean.index, mean, color=look.colour, lw=1.5)
-    ax.xaxis.set_major_locator(MaxNLocator(integer=True))
-    ax.set_xlabel("epoch")
-    ax.set_ylabel(MEASURES[measure].label)
-    return ax
-
-
 # --- which figures, and what they say ---------------------------------------------------------------------------------
 
 
@@ -381,21 +231,12 @@ def findings(df: pd.DataFrame) -> dict[str, Finding]:
     """Return for each setting's name what was found, and from what."""
     found = {}
     for setting in settings(df):
-        facts = [
-            f"{label}: {', '.join(sorted(set(setting.runs[name].dropna().astype(str)))) or 'not known'}"
-            for name, label in (
-                ("device_name", "device"), ("number_format", "number format"), ("torch", "torch"), ("commit", "commit"),
-            )
-        ]  # fmt: skip
-        if (setting.runs["dirty"].astype(str) == "True").any():
-            facts.append("some runs were made with changes that were not committed")
         table = (
             "Mean ± standard deviation over seeds (of one seed no spread is known); "
             f"learning rate, alpha and gamma of each row chosen {ON_VALIDATION}.\n\n"
             + markdown(summarise_chosen(setting.runs))
         )
-        provenance = f"Drawn from {len(setting.runs)} runs. Setting: {describe(setting)}. {'; '.join(facts)}."
-        found[setting.name] = Finding(_sentences(setting), table, provenance)
+        found[setting.name] = Finding(_sentences(setting), table, provenance(setting.runs, describe(setting)))
     return found
 
 
@@ -427,26 +268,13 @@ def _sentences(setting: Setting) -> list[str]:
     if "batchensemble" in arms:
         ours = arms["batchensemble"]
         lines += [
-            _comparison(ours, arms[arm], label_of(arm, size or 1))
+            compared(ours, arms[arm], ("BatchEnsemble", label_of(arm, size or 1)))
             for arm in LOOKS
             if arm in arms and arm != "batchensemble"
         ]
     if not spread:
         lines.append("One seed each: no spread is known, and no method can be said to be better.")
     return lines
-
-
-def _comparison(ours: pd.DataFrame, other: pd.DataFrame, label: str) -> str:
-    mean, error, pairs = paired_difference(ours, other, "test_accuracy")
-    if not pairs:
-        return f"BatchEnsemble and {label} have no seed in common."
-    sentence = f"BatchEnsemble less {label}: {mean:+.2f} points".replace("-", MINUS)
-    if pairs < 3:
-        return sentence + f" ({pairs} paired seed{'s' * (pairs > 1)}: too few to tell)."
-    half = half_width(error, pairs)
-    interval = f"{mean - half:+.2f} to {mean + half:+.2f}".replace("-", MINUS)
-    verdict = "no difference is shown" if abs(mean) <= half else "a difference"
-    return sentence + f", 95 % interval {interval} (t, {pairs} paired seeds): {verdict}."
 
 
 def _in_words(arm: pd.DataFrame) -> str:
@@ -516,7 +344,7 @@ def _size_figures(setting: Setting, df: pd.DataFrame) -> Figures:
     sizes, rates = levels_of(runs["size"]), levels_of(runs["learning_rate"])
     if len(sizes) < 2 or max(len(rates), *(panel["size"].nunique() - 1 for panel in panels.values())) < 2:
         return
-    single = choose(setting.runs[setting.runs["arm"] == "single"])
+    single = choose(setting.runs[setting.runs["arm"] == "single"], CELL)
     every = len(sizes) * len(rates)
     there = {title: len(panel.drop_duplicates(["size", "learning_rate"])) for title, panel in panels.items()}
     what = f"{listed(list(panels))}; M = 1 is the single network in all but the BatchEnsembles."
@@ -642,20 +470,16 @@ def _comparison_figures(setting: Setting, df: pd.DataFrame) -> Figures:
     below = "BatchEnsembles of other alpha and gamma"
     if len(cells) > BANDS:
         below = f"of {len(cells)} {below} the best, the median and the worst on validation"
-    figure = new_figure(TEXT_WIDTH, 0.3 * bands["label"].nunique() + 0.5)
-    axes = figure.subplots(1, 2, sharey=True)
-    for ax, measure in zip(axes, ("test_accuracy", "test_nll"), strict=True):
-        draw_members(bands, ax, members=summarise_members(df), measure=measure)
     yield (
         "members",
         "Members beside their ensemble: final test accuracy (left) and NLL (right). Each line is a seed, its small dots the "
         f"members alone, its large dot their ensemble; the stroke through a band is the mean over seeds, {n}. {chosen}"
         + (f" Below: {below} (learning rate {_rate(cells)})." if cells else ""),
-        figure,
+        two_members(bands, df),
     )
 
     dots = pd.concat([main.assign(chosen=True), *(cell.assign(chosen=False) for cell in cells)])
-    figure = _two_scatters(dots, ("test_nll", "test_ece"), ("test_nll", "test_brier"))
+    figure = two_scatters(dots, ("test_nll", "test_ece"), ("test_nll", "test_brier"), CELL)
     yield (
         "calibration",
         "Calibration on the test set: ECE (15 bins, left) and Brier score (right) against NLL, down and left is better. Small "
@@ -663,7 +487,7 @@ def _comparison_figures(setting: Setting, df: pd.DataFrame) -> Figures:
         figure,
     )
     if dots["disagreement"].notna().any():
-        figure = _two_scatters(dots, ("disagreement", "test_accuracy"), ("epistemic", "test_nll"))
+        figure = two_scatters(dots, ("disagreement", "test_accuracy"), ("epistemic", "test_nll"), CELL)
         yield (
             "diversity",
             "Does diversity pay? Final test accuracy against the share of test images on which two members disagree (left); "
@@ -674,8 +498,8 @@ def _comparison_figures(setting: Setting, df: pd.DataFrame) -> Figures:
 
     devices = runs["device_name"].astype(str)
     device = devices.mode()[0]
-    timed = choose(runs[devices == device]).assign(chosen=True)
-    figure = _two_scatters(timed, ("seconds", "test_accuracy"), ("seconds", "test_nll"), joined=True)
+    timed = choose(runs[devices == device], CELL).assign(chosen=True)
+    figure = two_scatters(timed, ("seconds", "test_accuracy"), ("seconds", "test_nll"), CELL, joined=True)
     yield (
         "cost",
         "Final test accuracy (left) and NLL (right) against the seconds of training, without validation; the networks of a "
@@ -686,19 +510,25 @@ def _comparison_figures(setting: Setting, df: pd.DataFrame) -> Figures:
         figure,
     )
 
+    bins = summarise_reliability(df)
+    shown = {name: arm[arm["run_id"].isin(set(bins["run_id"]))] for name, arm in arms.items()}
+    panels = {
+        label_of(name, int(arm["size"].iloc[0]), name == "longer").replace("\n", " "): (LOOKS[name], set(arm["run_id"]))
+        for name, arm in shown.items()
+        if len(arm)
+    }
+    if panels:
+        counts = counted(len(arm) for arm in shown.values() if len(arm))
+        yield "reliability", f"{RELIABILITY}, {counts}. {chosen}", reliability_diagrams(bins, panels)
+
     epochs = summarise_epochs(df).merge(main.loc[main["arm"] != "longer", ["run_id", "arm"]], on="run_id")
     if epochs["epoch"].nunique() > 1:
-        figure = new_figure(TEXT_WIDTH, 2.6)
-        axes = figure.subplots(1, 2)
-        draw_curves(epochs, axes[0], measure="train_nll").set_yscale("log")
-        draw_curves(epochs, axes[1], measure="validation_accuracy")
-        _legend(figure, set(epochs["arm"]), lines=LOOKS)
         yield (
             "training",
             "Training NLL (running, in training mode, the members' mean; left) and validation accuracy of the ensemble "
             f"(right) by epoch. Thin lines are seeds, thick ones their mean, {n}. {chosen}"
             + (" The longer single network, with epochs of its own, is not drawn." if "longer" in arms else ""),
-            figure,
+            two_curves(epochs),
         )
 
 
@@ -718,27 +548,3 @@ def _band(cell: pd.DataFrame, method: str = "") -> pd.DataFrame:
 
 def _rate(cells: list[pd.DataFrame]) -> str:
     return number(cells[0]["learning_rate"].iloc[0])
-
-
-def _two_scatters(runs: pd.DataFrame, left: tuple[str, str], right: tuple[str, str], joined: bool = False) -> Figure:
-    figure = new_figure(TEXT_WIDTH, 2.6)
-    for ax, (x, y) in zip(figure.subplots(1, 2), (left, right), strict=True):
-        draw_scatter(runs, ax, x=x, y=y, joined=joined)
-        if joined:
-            ax.set_xscale("log")
-            ax.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-            ax.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,g}"))
-            ax.xaxis.set_minor_locator(NullLocator())
-    _legend(figure, set(runs["arm"]), dashed=set(runs["arm"]) - set(runs.loc[runs[left[0]].notna(), "arm"]))
-    return figure
-
-
-def _legend(figure: Figure, arms: Collection[str], lines: Collection[str] = (), dashed: Collection[str] = ()) -> None:
-    handles = []
-    for arm, look in LOOKS.items():
-        if arm in arms:
-            style: Any = DASHED if arm in dashed else "-" if arm in lines else ""
-            handles.append(
-                Line2D([], [], color=look.colour, marker="" if style else look.marker, ls=style, label=look.label)
-            )
-    figure.legend(handles=handles, loc="outside upper center", ncols=len(handles))

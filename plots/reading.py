@@ -12,8 +12,9 @@ from batchens.results import METRICS, read_results
 FACTS = ("parameters", "device_name", "number_format", "torch", "data_source", "commit", "dirty", "finished")
 NUMBERS = (
     "ensemble_size", "alpha_init", "gamma_init", "learning_rate", "weight_decay", "momentum", "hess_init", "epochs",
-    "warmup_epochs", "batch_size", "seed",
+    "warmup_epochs", "batch_size", "seed", "fraction", "images_per_second",
 )  # fmt: skip
+ABSENT = ("alpha_init", "gamma_init", "fraction")  # of a configuration, on purpose
 
 
 def usable_results(
@@ -37,7 +38,7 @@ def usable_results(
         for run in df.loc[numbers.isna() & df[name].notna(), "run_id"].unique():
             reasons[run] = f"a {name} of it is no number"
         df[name] = numbers
-    for name in (name for name in config if name not in ("alpha_init", "gamma_init")):  # those may be absent on purpose
+    for name in (name for name in config if name not in ABSENT):
         for run in df.loc[df[name].isna(), "run_id"].unique():
             reasons.setdefault(run, f"it states no {name}")
     tests = df[(df["split"] == "test") & df["member"].isna() & df[list(metrics[:2])].notna().all(axis=1)]

@@ -12,10 +12,11 @@ import pytest
 
 from batchens.grid import run_id
 from batchens.results import result_path, write_run
-from plots import figure
+from plots import figure, image_runs
 from plots import parameter_testing as pt
 from plots.__main__ import experiments
 from plots.reading import usable_results
+from plots.statistics import paired_difference
 from scripts.parameter_testing import Config
 
 ROOT = Path(__file__).parents[2]
@@ -88,7 +89,7 @@ def test_a_setting_is_the_whole_configuration_but_what_is_varied() -> None:
 
 
 def test_run_summary_equals_hand_computed_numbers(results: Path) -> None:
-    runs = pt.summarise_runs(read(results)).set_index("run_id")
+    runs = image_runs.summarise_runs(read(results), pt.CONFIG).set_index("run_id")
     run = runs[(runs["method"] == "batchensemble") & (runs["alpha_init"] == -0.5) & (runs["seed"] == 1)].iloc[0]
     assert run["test_accuracy"] == pytest.approx(77.0)
     assert run["test_nll"] == pytest.approx(0.23)
@@ -104,7 +105,7 @@ def test_a_mean_over_epochs_is_absent_when_an_epoch_is(results: Path) -> None:
     df = read(results)
     run = df["run_id"].iloc[0]
     df.loc[(df["run_id"] == run) & (df["split"] == "train") & (df["epoch"] == 1), "nll"] = np.nan
-    runs = pt.summarise_runs(df).set_index("run_id")["mean_train_nll"]
+    runs = image_runs.summarise_runs(df, pt.CONFIG).set_index("run_id")["mean_train_nll"]
     assert np.isnan(runs[run])
     assert runs.drop(run).notna().all()
 
@@ -152,10 +153,10 @@ def test_paired_difference_is_over_equal_seeds() -> None:
     def arm(**accuracy: float) -> pd.DataFrame:
         return pd.DataFrame({"seed": [int(name[1:]) for name in accuracy], "a": list(accuracy.values())})
 
-    mean, error, pairs = pt.paired_difference(arm(s0=3, s1=5, s2=4, s9=90), arm(s2=3, s0=1, s1=2), "a")
+    mean, error, pairs = paired_difference(arm(s0=3, s1=5, s2=4, s9=90), arm(s2=3, s0=1, s1=2), "a")
     assert (mean, pairs) == (pytest.approx(2.0), 3)  # 2, 3, 1
     assert error == pytest.approx(1 / 3**0.5)
-    assert np.isnan(pt.paired_difference(arm(s0=3, s1=5), arm(s0=1, s1=2), "a")[1])
+    assert np.isnan(paired_difference(arm(s0=3, s1=5), arm(s0=1, s1=2), "a")[1])
 
 
 def test_findings_say_when_a_difference_is_within_the_spread(results: Path) -> None:
@@ -265,7 +266,7 @@ def test_a_spoiled_number_or_line_costs_one_file_not_all(tmp_path: Path) -> None
 @pytest.mark.parametrize(
     ("experiment", "message"),
     [
-        ("parameter_test", "an experiment must be one of parameter_testing"),
+        ("parameter_test", "an experiment must be one of "),
         ("parameter_testing", "python -m jobs submit parameter_testing --grid demo --cluster local"),
     ],
 )
@@ -280,3 +281,17 @@ def test_plots_import_no_torch() -> None:
     code = "import sys; from plots import __main__, parameter_testing; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, timeout=60).returncode == 0
     assert "parameter_testing" in experiments()
+
+
+def test_reliability_is_drawn_where_runs_state_it(results: Path) -> None:
+    df = read(results)
+    stated = df[(df["split"] == "test") & df["member"].isna()].assign(
+        split="reliability", x="0.5 nan 0.9", y="0.4 nan 1", n="0.2 0 0.8"
+    )
+    with figure.style():
+        drawn = {name: (caption, drawing) for name, caption, drawing in pt.figures(pd.concat([df, stated]))}
+    caption, drawing = drawn["digits-cnn/reliability"]
+    assert "n = 2 seeds" in caption
+    assert [ax.get_title(loc="left") for ax in drawing.axes] == [
+        "single network", "single, 2 \N{MULTIPLICATION SIGN} epochs", "deep ensemble of 2", "BatchEnsemble of 2",
+    ]  # fmt: skip

@@ -1,0 +1,79 @@
+"""What all experiments on images draw from: curves stated as text, reliability against hand-computed numbers, words."""
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from plots import figure, image_runs
+
+
+def row(run: str, seed: int, split: str, **cells: object) -> dict[str, object]:
+    return {"run_id": run, "seed": seed, "split": split, "member": pd.NA, **cells}
+
+
+BINS = pd.DataFrame(
+    [
+        row("a", 0, "test"),
+        row("a", 0, "reliability", x="0.1 nan 0.9", y="0.5 nan 0.8", n="0.25 0 0.75"),
+        row("b", 1, "reliability", x="0.2 nan 0.9", y="0.1 nan 1", n="0.75 0 0.25"),
+    ]
+)
+
+
+def test_bins_of_reliability_are_in_percent_and_empty_ones_left_out() -> None:
+    bins = image_runs.summarise_reliability(BINS)
+    assert bins["run_id"].tolist() == ["a", "a", "b", "b"]
+    assert bins["bin"].tolist() == [0, 2, 0, 2]
+    assert bins["confidence"].tolist() == pytest.approx([10, 90, 20, 90])
+    assert bins["accuracy"].tolist() == pytest.approx([50, 80, 10, 100])
+    assert bins["share"].tolist() == pytest.approx([25, 75, 75, 25])
+
+
+def test_results_without_curves_have_none() -> None:
+    for df in (BINS[BINS["split"] == "test"], BINS[["run_id", "seed", "split", "member"]]):
+        assert image_runs.summarise_reliability(df).empty
+        assert image_runs.curves_of(df, "weights", {"x": "x", "y": "density"}).empty
+
+
+def test_a_reliability_diagram_weights_each_seed_with_its_images() -> None:
+    with figure.style():
+        ax = figure.new_figure(2, 2).add_subplot()
+        image_runs.draw_reliability(image_runs.summarise_reliability(BINS), ax, look=figure.LOOKS["single"])
+    pooled = next(line for line in ax.lines if line.get_markersize() == 3.8)
+    assert np.column_stack(pooled.get_data()) == pytest.approx(
+        np.array([[(0.25 * 10 + 0.75 * 20), (0.25 * 50 + 0.75 * 10)], [90, (0.75 * 80 + 0.25 * 100)]])
+    )
+    seeds = next(line for line in ax.lines if line.get_markersize() == 1.8)
+    assert len(seeds.get_xdata()) == 4
+    assert [bar.get_height() for bar in ax.patches] == pytest.approx([50, 50])
+
+
+def test_a_comparison_pairs_seeds_and_says_what_it_shows() -> None:
+    def cell(**accuracy: float) -> pd.DataFrame:
+        return pd.DataFrame({"seed": [int(name[1:]) for name in accuracy], "test_accuracy": list(accuracy.values())})
+
+    ours, other = cell(s0=3, s1=5, s2=4, s9=90), cell(s2=3, s0=1, s1=2)
+    names = ("ours", "other")
+    assert image_runs.compared(ours, other, names) == (
+        "ours less other: +2.00 points, 95 % interval \N{MINUS SIGN}0.48 to +4.48 (t, 3 paired seeds): no difference is shown."
+    )
+    assert image_runs.compared(ours, cell(s0=1.0, s1=2.9, s2=2.1), names).endswith("(t, 3 paired seeds): a difference.")
+    assert (
+        image_runs.compared(ours, cell(s0=1), names)
+        == "ours less other: +2.00 points (1 paired seed: too few to tell)."
+    )
+    assert image_runs.compared(ours, cell(s7=1), names) == "ours and other have no seed in common."
+
+
+def test_selection_is_among_the_cells_it_is_given() -> None:
+    runs = pd.DataFrame(
+        {
+            "arm": ["x"] * 4 + ["y"] * 2,
+            "rate": [1, 1, 2, 2, 1, 1],
+            "seed": [0, 1] * 3,
+            "validation_accuracy": [1, 2, 3, 4, 5, 5],
+            "validation_nll": 1.0,
+        }
+    )
+    chosen = image_runs.choose(runs, ["arm", "rate"], of=["arm"])
+    assert chosen[["arm", "rate", "candidates"]].drop_duplicates().values.tolist() == [["x", 2, 2], ["y", 1, 1]]
