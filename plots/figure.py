@@ -47,7 +47,9 @@ MEASURES = {
     "test_brier": Measure("final test Brier score", "0 to 2", 3, False),
     "test_ece": Measure("final test ECE", "%", 2, False),
     "validation_accuracy": Measure("validation accuracy", "%", 2, True),
+    "validation_nll": Measure("validation NLL", "nats", 3, False),
     "mean_validation_accuracy": Measure("validation accuracy, mean over epochs", "%", 2, True),
+    "train_accuracy": Measure("training accuracy", "%", 2, True),
     "train_nll": Measure("training NLL", "nats", 3, False),
     "mean_train_nll": Measure("training NLL, mean over epochs", "nats", 3, False),
     "disagreement": Measure("disagreement of members", "%", 2),
@@ -225,7 +227,7 @@ def colour_bar(axes: Sequence[Axes], measure: Measure, norm: Normalize) -> None:
     figure = axes[0].get_figure(root=True)
     assert figure is not None
     bar = figure.colorbar(ScalarMappable(norm, _cmap(measure)), ax=list(axes), fraction=0.05, aspect=25, pad=0.02)
-    bar.set_label(measure.label)
+    bar.set_label(measure.label.replace(", ", ",\n"))  # in one line it would be longer than a low map is high
     bar.outline.set_visible(False)
     if measure.more_is_better is False:
         bar.ax.invert_yaxis()

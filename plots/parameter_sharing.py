@@ -15,6 +15,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from matplotlib.patches import Rectangle
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from plots.figure import (
@@ -81,6 +82,7 @@ OPTIONS = {
     "deep": Look("deep layers tied", "#009E73", "o", DASHED),
     "all": Look("all but the head tied", "#CC79A7", "o", (0, (5, 1, 1, 1))),
 }
+SHADES = ("#9bd3f5", "#f6c66b")  # of early and of deep layers that are tied
 FILLED: dict[str, Any] = {"early": "none", "deep": "left", "all": "full"}  # how much of a marker
 
 
@@ -365,13 +367,47 @@ def draw_weights(densities: pd.DataFrame, ax: Axes) -> Axes:
     return ax
 
 
+def weights_of(regime: str, intensity: str, layer: int, member: int) -> str:
+    """Return the letter of the weight that a layer has: of three members, each of two early and two deep layers and a head."""
+    part = 2 if layer == 4 else layer // 2
+    tied = part < 2 and intensity in ("all", ("early", "deep")[part])
+    if tied and regime != "between":
+        layer = 2 * part
+    if tied and regime != "within":
+        member = 0
+    return "ABCDEFGHIJKLMNO"[5 * member + layer]
+
+
+def draw_scheme(ax: Axes, *, regime: str, intensity: str) -> Axes:
+    """Draw which layers of a network, or of three members side by side, hold one weight: they have one letter."""
+    members = 1 if regime == "within" else 3
+    letters = [[weights_of(regime, intensity, layer, member) for layer in range(5)] for member in range(members)]
+    every = [letter for column in letters for letter in column]
+    for member, column in enumerate(letters):
+        for layer, letter in enumerate(column):
+            shade = SHADES[layer // 2] if every.count(letter) > 1 else "white"
+            corner = (1.1 * (member + (3 - members) / 2), layer)
+            ax.add_patch(Rectangle(corner, 1, 0.8, facecolor=shade, edgecolor=GREY, lw=0.7))
+            ax.text(corner[0] + 0.5, layer + 0.4, letter, ha="center", va="center", fontsize=7)
+    ax.set(xlim=(-0.1, 3.3), ylim=(-0.15, 5))
+    ax.set_axis_off()
+    return ax
+
+
 # --- which figures, and what they say ---------------------------------------------------------------------------------
 
 
 def figures(df: pd.DataFrame) -> Figures:
     """Yield (setting/name, caption, figure) of every figure that the results support; inside `plots.figure.style()`."""
     for setting in settings(df):
-        for part in (_against_figures, _cell_figures, _difference_figures, _member_figures, _option_figures):
+        for part in (
+            _scheme_figure,
+            _against_figures,
+            _cell_figures,
+            _difference_figures,
+            _member_figures,
+            _option_figures,
+        ):
             for name, caption, figure in part(setting, df):
                 yield f"{setting.name}/{name}", f"{caption} Setting: {describe(setting)}.", figure
 
@@ -461,6 +497,24 @@ def _verdicts(every: Sequence[Cell]) -> list[str]:
     return lines or [
         "No two cells have three seeds in common: no interval is known, and none can be said to be better."
     ]
+
+
+def _scheme_figure(setting: Setting, df: pd.DataFrame) -> Figures:
+    figure = new_figure(TEXT_WIDTH, 3.6)
+    axes = figure.subplots(3, 4)
+    for row, (regime, title) in zip(axes, REGIMES.items(), strict=True):
+        for ax, intensity in zip(row, ("none", *INTENSITIES), strict=True):
+            draw_scheme(ax, regime=regime, intensity=intensity)
+            if regime == "within":
+                ax.set_title(intensity)
+        row[0].text(-0.3, 2.4, title.replace(" ", "\n", 1), ha="right", va="center")
+    yield (
+        "scheme",
+        "Which layers are one, by regime (rows) and intensity (columns): boxes of one letter hold one weight, and are shaded. "
+        "Drawn for three members and, from below, two early and two deep layers of one shape and a head. Layers of different "
+        "shapes are tied between members only.",
+        figure,
+    )
 
 
 def _against_figures(setting: Setting, df: pd.DataFrame) -> Figures:

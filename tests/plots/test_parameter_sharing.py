@@ -204,12 +204,12 @@ def test_every_kind_of_figure_is_there_with_n_and_the_setting(results: Path) -> 
     with figure.style():
         drawn = list(ps.figures(gone[gone["run_id"] != lone]))
     assert [name.partition("/")[2] for name, _, _ in drawn] == [
-        "parameters", "cost", "degree", "calibration", "diversity", "throughput", "differences_within",
+        "scheme", "parameters", "cost", "degree", "calibration", "diversity", "throughput", "differences_within",
         "differences_between", "members_between", "reliability", "training", "weights",
     ]  # fmt: skip
     uneven = {"parameters", "cost", "degree", "calibration", "diversity", "throughput", "differences_between",
               "members_between", "training", "weights"}  # fmt: skip
-    for name, caption, _ in drawn:
+    for name, caption, _ in drawn[1:]:  # the scheme has no results in it
         n = "n = 3 to 4 " if name.partition("/")[2] in uneven else "n = 4 "
         assert n in caption and "Setting: digits (here), mlp, 2 epochs" in caption, name
 
@@ -219,7 +219,7 @@ def test_what_has_no_members_or_curves_draws_none(tmp_path: Path) -> None:
     write(tmp_path, 0.7, 100, regime="within", curves=False)
     with figure.style():
         names = [name.partition("/")[2] for name, _, _ in ps.figures(read(tmp_path))]
-    assert names == ["parameters", "cost", "degree", "calibration", "throughput", "differences_within", "members"]
+    assert names == ["scheme", "parameters", "cost", "degree", "calibration", "throughput", "differences_within", "members"]
 
 
 def test_time_is_of_one_device(tmp_path: Path) -> None:
@@ -276,3 +276,13 @@ def test_it_is_an_experiment_and_imports_no_torch() -> None:
     code = "import sys; from plots import parameter_sharing; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, timeout=60).returncode == 0
     assert "parameter_sharing" in experiments()
+
+
+def test_the_scheme_has_as_many_weights_as_the_regime_and_intensity_leave():
+    def weights(regime, intensity):
+        members = 1 if regime == "within" else 3
+        return len({ps.weights_of(regime, intensity, layer, member) for layer in range(5) for member in range(members)})
+
+    assert [weights("within", intensity) for intensity in ("none", "early", "deep", "all")] == [5, 4, 4, 3]
+    assert [weights("between", intensity) for intensity in ("none", "early", "deep", "all")] == [15, 11, 11, 7]
+    assert [weights("both", intensity) for intensity in ("none", "early", "deep", "all")] == [15, 10, 10, 5]
