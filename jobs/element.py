@@ -50,7 +50,7 @@ class Element:
         marks = (
             path
             for run in (Run(self.experiment, known[run_id], self.folders) for run_id in runs if run_id in known)
-            for path in (run.result, run.checkpoint)
+            for path in (run.result, run.progress)  # of whatever a run trains an epoch of, it tells
         )
         # half of the time, since a limit of a minute or two is warned of up to a minute before
         if elapsed > 30 * self.minutes and not any(p.exists() and p.stat().st_mtime > self.started for p in marks):

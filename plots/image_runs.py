@@ -61,11 +61,12 @@ def summarise_runs(df: pd.DataFrame, config: Sequence[str]) -> pd.DataFrame:
 
 
 def summarise_epochs(df: pd.DataFrame) -> pd.DataFrame:
-    """Return one row a run and epoch: train_nll (the members' mean), validation_accuracy (%) and validation_nll, seconds."""
+    """Return one row a run and epoch: seconds, and NLL and accuracy (%) of training (the members' mean) and of validation."""
     by = ["run_id", "epochs", "seed", "epoch"]
     train = df[df["split"] == "train"].groupby(by)
     validation = df[(df["split"] == "validation") & df["member"].isna()].set_index(by)
-    epochs = train.agg(train_nll=("nll", "mean"), seconds=("seconds", "first"))
+    epochs = train.agg(train_nll=("nll", "mean"), train_accuracy=("accuracy", "mean"), seconds=("seconds", "first"))
+    epochs["train_accuracy"] *= 100
     epochs["validation_accuracy"] = 100 * validation["accuracy"]
     epochs["validation_nll"] = validation["nll"]
     return epochs.reset_index()
@@ -174,6 +175,15 @@ def interval_in_words(found: Difference, decimals: int) -> str:
     return ends.replace("-", MINUS)
 
 
+def difference_in_words(found: Difference, measure: str) -> str:
+    """Return `+0.11 (-0.12 to +0.34)`; of fewer than three pairs no interval is known, and none is stated."""
+    if not found.pairs:
+        return "no seed in common"
+    decimals = MEASURES[measure].decimals
+    ends = f" ({interval_in_words(found, decimals)})" if np.isfinite(found.half) else ""
+    return f"{found.mean:+.{decimals}f}".replace("-", MINUS) + ends
+
+
 def provenance(runs: pd.DataFrame, description: str) -> str:
     """Return from how many runs, made where and by what, a setting's figures are drawn."""
     facts = [
@@ -278,16 +288,17 @@ def draw_curves(epochs: pd.DataFrame, ax: Axes, *, measure: str, looks: Mapping[
     return ax
 
 
-def draw_reliability(bins: pd.DataFrame, ax: Axes, *, look: Look) -> Axes:
+def draw_reliability(bins: pd.DataFrame, ax: Axes, *, look: Look, shares: bool = True) -> Axes:
     """Draw accuracy against confidence of one arm's runs (`summarise_reliability`): on the diagonal what is sure is right.
 
     Small dots are seeds, large ones their mean weighted with the images of each, open where a bin has less than SPARSE % of
-    them; grey bars are the share of images in a bin.
+    them; grey bars are the share of images in a bin, left out without `shares`.
     """
     weighted = bins.assign(right=bins["accuracy"] * bins["share"], sure=bins["confidence"] * bins["share"])
     pooled = weighted.groupby("bin")[["right", "sure", "share"]].sum()
     wide, runs = 100 / RELIABILITY_BINS, bins["run_id"].nunique()
-    ax.bar(pooled.index * wide, pooled["share"] / runs, width=wide, align="edge", color=BARS, lw=0)
+    if shares:
+        ax.bar(pooled.index * wide, pooled["share"] / runs, width=wide, align="edge", color=BARS, lw=0)
     ax.plot([0, 100], [0, 100], color=GREY, lw=0.8, ls=DASHED, zorder=1.5)
     style: dict[str, Any] = {
         "color": look.colour,
@@ -314,6 +325,17 @@ def draw_strip(ax: Axes, at: float, values: Iterable[float], found: Difference, 
     bar = found.half if np.isfinite(found.half) else 0
     style: dict[str, Any] = {"fmt": "D", "color": INK, "ms": 3, "mec": "white", "mew": 0.4, "elinewidth": 0.9}
     ax.errorbar(found.mean, at + 0.27, xerr=bar, zorder=2.5, **style)
+
+
+def label_rows(ax: Axes, labels: Sequence[tuple[str, bool]]) -> Axes:
+    """Label rows from above, each with whether it is a heading: these are bold, and no line is drawn."""
+    ax.set_yticks(range(len(labels)), [label for label, _ in labels])
+    for tick, (_, heading) in zip(ax.yaxis.get_major_ticks(len(labels)), labels, strict=True):
+        tick.label1.set_fontweight("bold" if heading else "normal")
+    ax.set_ylim(len(labels) - 0.5, -0.5)
+    ax.tick_params(axis="y", length=0)
+    ax.grid(False, axis="y")
+    return ax
 
 
 def two_scatters(

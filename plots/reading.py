@@ -11,10 +11,14 @@ from batchens.results import METRICS, read_results
 # of a run, stated in each of its rows
 FACTS = ("parameters", "device_name", "number_format", "torch", "data_source", "commit", "dirty", "finished")
 NUMBERS = (
-    "ensemble_size", "alpha_init", "gamma_init", "learning_rate", "weight_decay", "momentum", "hess_init", "epochs",
-    "warmup_epochs", "batch_size", "seed", "fraction", "images_per_second",
+    "ensemble_size", "alpha_init", "gamma_init", "learning_rate", "weight_decay", "momentum", "beta2", "hess_init",
+    "posterior_samples", "epochs", "warmup_epochs", "batch_size", "seed", "fraction", "images_per_second", "depth",
+    "hidden_size", "temperature", "extra_epochs", "extra_learning_rate",
 )  # fmt: skip
-ABSENT = ("alpha_init", "gamma_init", "fraction")  # of a configuration, on purpose
+ABSENT = (
+    "alpha_init", "gamma_init", "fraction", "depth", "hidden_size", "matching", "start", "temperature", "extra_epochs",
+    "extra_learning_rate", "base_digest",
+)  # fmt: skip  # of a configuration, on purpose
 
 
 def usable_results(

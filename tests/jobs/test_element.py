@@ -61,10 +61,10 @@ def test_a_job_whose_time_holds_no_epoch_is_not_requeued_for_ever(place):
     with pytest.raises(OutOfTime, match="--hours"):
         element.checkpoint(ids)
     run.folder.mkdir(parents=True)
-    run.checkpoint.touch()  # an epoch was finished
+    run.progress.touch()  # an epoch was finished
     again = element.checkpoint(ids)
     assert again.args == (ids,) and isinstance(again.function, Element)
-    run.checkpoint.unlink()
+    run.progress.unlink()
     element.started = time.time() - 60  # preempted, long before its time was up
     assert element.checkpoint(ids).args == (ids,)
 

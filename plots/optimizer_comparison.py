@@ -1,0 +1,844 @@
+"""Figures of the optimizer comparison: SGD, Adam or IVON, in single networks, BatchEnsembles and deep ensembles?
+
+A *setting* is everything that the experiment does not vary on purpose: data, model, epochs, batch size ... Each setting has
+figures of its own. A *method* is a single network, or a BatchEnsemble or deep ensemble of so many members. An *arm* is one
+optimizer in one method, at the learning rate that was chosen for it there: on validation (`image_runs.choose`), never on
+test, and from the rates that have as many seeds as any, since a run that diverges leaves no result.
+
+The runs of IVON are two arms: `ivon`, evaluated at the mean of its posterior, which is what validation chooses by, and
+`ivon_posterior`, the same runs with predictions averaged over samples of it.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, MaxNLocator, NullLocator
+
+from plots.figure import (
+    DASHED,
+    LOOKS,
+    MEASURES,
+    MINUS,
+    TEXT_WIDTH,
+    Figures,
+    Finding,
+    Look,
+    Measure,
+    counted,
+    levels_of,
+    markdown,
+    new_figure,
+    number,
+    with_spread,
+)
+from plots.image_runs import (
+    GREY,
+    ON_VALIDATION,
+    RELIABILITY_BINS,
+    SPARSE,
+    Setting,
+    choose,
+    draw_curves,
+    draw_reliability,
+    draw_strip,
+    interval_in_words,
+    label_rows,
+    legend,
+    provenance,
+    setting_names,
+    summarise_epochs,
+    summarise_reliability,
+    two_members,
+)
+from plots.image_runs import summarise_runs as summarise_image_runs
+from plots.statistics import Difference, difference, interval_of
+
+SETTING = ["dataset", "model", "warmup_epochs", "batch_size", "augment", "precision", "epochs"]
+VARIED = [
+    "method", "ensemble_size", "alpha_init", "gamma_init", "optimizer", "learning_rate", "weight_decay", "momentum", "beta2",
+    "hess_init", "posterior_samples", "seed",
+]  # fmt: skip
+CONFIG = [*SETTING, *VARIED]
+
+OF = ["method", "ensemble_size", "optimizer"]  # what a learning rate is chosen for
+CELL = [name for name in VARIED if name != "seed"]
+METHODS = ("single", "batchensemble", "deep_ensemble")
+POSTERIOR = "ivon_posterior"
+OPTIMIZERS = {
+    "sgd": Look("SGD", "#009E73", "o"),
+    "adam": Look("Adam", "#E69F00", "s", (0, (5, 1.5))),
+    "ivon": Look("IVON at the mean", "#CC79A7", "^", (0, (4, 1, 1, 1))),
+    POSTERIOR: Look("IVON averaged", "#6A3D7C", "v", (0, (1, 1))),
+}
+PAIRS = (("adam", "sgd"), ("ivon", "sgd"), (POSTERIOR, "sgd"), (POSTERIOR, "ivon"))
+COMPARED = ("test_accuracy", "test_nll", "test_ece")
+LEVELS = (0.90, 0.95, 0.99)  # of what the worst optimizer reaches, the accuracies that time is measured to
+AVERAGED = (
+    "IVON is evaluated twice, on the same runs: at the mean of its posterior, as an ordinary network, and averaged over {} "
+    "samples of it"
+)
+STRETCHED = "accuracy is stretched towards 100 %"
+RUNNING = "running, in training mode, the members' mean"
+COLUMNS = 4  # of panels beside each other
+WIDTHS = {1: 0.5, 2: 0.75}  # of a figure of so few, in parts of a page's
+
+
+# --- from rows to numbers ---------------------------------------------------------------------------------------------
+
+
+def summarise_runs(df: pd.DataFrame) -> pd.DataFrame:
+    """Return one row a run and arm: configuration and measures; a second one of a run of IVON, from its posterior splits."""
+    ordinary = summarise_image_runs(df, CONFIG)
+    parts = [ordinary.assign(arm=ordinary["optimizer"])]
+    sampled = df.loc[df["split"] == "test_posterior", "run_id"]
+    if len(sampled):
+        mine = df[
+            df["run_id"].isin(set(sampled)) & df["split"].isin(["train", "validation_posterior", "test_posterior"])
+        ]
+        renamed = mine.assign(split=mine["split"].str.removesuffix("_posterior"))
+        parts.append(summarise_image_runs(renamed, CONFIG).assign(arm=POSTERIOR))
+    runs = pd.concat(parts, ignore_index=True)
+    runs["name"] = [method_name(*of) for of in runs[["method", "ensemble_size"]].itertuples(index=False)]
+    return runs
+
+
+def method_name(method: str, size: int) -> str:
+    """Return `single network`, `deep ensemble of 4`."""
+    return LOOKS[method].label + (f" of {size:g}" if method != "single" else "")
+
+
+def settings(df: pd.DataFrame) -> list[Setting]:
+    """Return the settings of a results table, by name."""
+    found = [(dict(runs.iloc[0][SETTING]), runs) for _, runs in summarise_runs(df).groupby(SETTING)]
+    names = setting_names([fields for fields, _ in found])
+    return sorted(Setting(name, fields, _in_order(runs)) for name, (fields, runs) in zip(names, found, strict=True))
+
+
+def _in_order(runs: pd.DataFrame) -> pd.DataFrame:
+    ranks = {"method": METHODS, "arm": tuple(OPTIMIZERS)}
+    by = ["method", "ensemble_size", "arm", *CELL[2:], "seed"]
+    return runs.sort_values(
+        by,
+        key=lambda column: column.map(ranks[column.name].index) if column.name in ranks else column,
+    ).reset_index(drop=True)
+
+
+def with_most_seeds(runs: pd.DataFrame) -> pd.DataFrame:
+    """Return the runs of the cells that have as many seeds as any other of their method and optimizer."""
+    seeds = runs.groupby(CELL, dropna=False)["seed"].transform("nunique")
+    return runs[seeds == seeds.groupby([runs[name] for name in OF]).transform("max")]
+
+
+def lacking(runs: pd.DataFrame) -> list[str]:
+    """Return in words which learning rates have fewer seeds than others of their method and optimizer, and how many.
+
+    Also named is a rate without any where another method has one: all its runs may have diverged.
+    """
+    words = []
+    ordinary = runs[runs["arm"] != POSTERIOR]
+    for _, mine in ordinary.groupby(OF, sort=False):
+        optimizer = mine["optimizer"].iloc[0]
+        cells = mine.groupby(CELL, dropna=False)["seed"].nunique().reset_index(name="seeds")
+        differing = [name for name in CELL if name not in OF and cells[name].nunique(dropna=False) > 1]
+        found = [
+            (
+                cell["learning_rate"],
+                [f"{name.replace('_', ' ')} {number(cell[name])}" for name in differing],
+                cell["seeds"],
+            )
+            for _, cell in cells[cells["seeds"] < cells["seeds"].max()].iterrows()
+        ]
+        rates = set(ordinary.loc[ordinary["optimizer"] == optimizer, "learning_rate"]) - set(mine["learning_rate"])
+        found += [(rate, [f"learning rate {number(rate)}"], 0) for rate in rates]
+        words += [
+            f"{mine['name'].iloc[0]}, {optimizer_name(optimizer)}, {', '.join(what)} ({seeds} of {cells['seeds'].max()} seeds)"
+            for _, what, seeds in sorted(found)
+        ]
+    return words
+
+
+def optimizer_name(optimizer: str) -> str:
+    """Return `SGD`, `Adam`, `IVON`."""
+    return OPTIMIZERS[optimizer].label.removesuffix(" at the mean")
+
+
+class Arm(NamedTuple):
+    """One optimizer in one method: the runs of its chosen learning rate, and those of all its rates.
+
+    `edge` is smallest or largest where the chosen rate is that of all, `only` where there is no other, else empty.
+    """
+
+    method: str
+    name: str
+    runs: pd.DataFrame
+    rates: pd.DataFrame
+    edge: str
+
+    @property
+    def look(self) -> Look:
+        return OPTIMIZERS[self.name]
+
+    @property
+    def rate(self) -> float:
+        return float(self.runs["learning_rate"].iloc[0])
+
+
+def arms(setting: Setting) -> list[Arm]:
+    """Return what is compared, by method and optimizer; the runs of an arm are in the order of their seeds."""
+    runs = setting.runs
+    chosen = choose(with_most_seeds(runs[runs["arm"] != POSTERIOR]), CELL, OF)
+    both = _in_order(runs.merge(chosen[["run_id", "candidates"]], on="run_id"))
+    beside = [name for name in CELL if name != "learning_rate"]
+    found = []
+    for _, mine in both.groupby(["name", "arm"], sort=False):
+        method, arm = mine[["name", "arm"]].iloc[0]
+        rates = runs[runs["arm"] == arm].merge(mine[beside].drop_duplicates(), on=beside)
+        levels, rate = levels_of(rates["learning_rate"]), mine["learning_rate"].iloc[0]
+        edge = "largest" if rate == levels[-1] else "smallest" if rate == levels[0] else ""
+        found.append(Arm(method, arm, mine, rates, edge if len(levels) > 1 else "only"))
+    return found
+
+
+class Comparison(NamedTuple):
+    """Two arms of one method of which the second is what the first is compared with."""
+
+    label: str
+    ours: Arm
+    other: Arm
+
+    def difference(self, measure: str) -> Difference:
+        return difference(self.ours.runs, self.other.runs, measure)
+
+
+def comparisons(every: Sequence[Arm]) -> list[Comparison]:
+    """Return what is compared with what: `PAIRS` in each method."""
+    return [
+        Comparison(f"{ours.look.label} {MINUS} {other.look.label}", ours, other)
+        for method in dict.fromkeys(arm.method for arm in every)
+        for pair in PAIRS
+        for ours in every
+        for other in every
+        if (ours.name, other.name) == pair and ours.method == other.method == method
+    ]
+
+
+def summarise_chosen_epochs(df: pd.DataFrame, every: Sequence[Arm]) -> pd.DataFrame:
+    """Return one row a chosen run and epoch, with the columns method, arm and device, and the `elapsed` seconds of training."""
+    mine = pd.concat([arm.runs.assign(method=arm.method) for arm in every if arm.name != POSTERIOR])
+    epochs = mine[["run_id", "method", "arm", "device_name"]].merge(summarise_epochs(df), on="run_id")  # in our order
+    epochs["elapsed"] = epochs.groupby("run_id")["seconds"].cumsum()
+    return epochs.rename(columns={"device_name": "device"})
+
+
+def levels_to_reach(epochs: pd.DataFrame) -> list[float]:
+    """Return the validation accuracies (%) that the optimizers of one method are timed to.
+
+    90, 95 and 99 % of what the worst of them has after the last epoch, the mean over its seeds, rounded down to 0.1 points:
+    each optimizer reaches them, though not each of its runs need do.
+    """
+    last = epochs[epochs["epoch"] == epochs["epochs"]]
+    worst = last.groupby("arm")["validation_accuracy"].mean().min()
+    return [float(np.floor(round(10 * share * worst, 6)) / 10) for share in LEVELS]
+
+
+def summarise_convergence(epochs: pd.DataFrame, levels: Sequence[float]) -> pd.DataFrame:
+    """Return one row a run and level: the first epoch whose validation accuracy is there, and the seconds until its end.
+
+    Both are absent where the run never is.
+    """
+    rows = []
+    for run, mine in epochs.groupby("run_id", sort=False):
+        for level in levels:
+            there = mine[mine["validation_accuracy"] >= level]
+            when = there[["epoch", "elapsed"]].iloc[0] if len(there) else {"epoch": np.nan, "elapsed": np.nan}
+            facts = mine[["method", "arm", "seed", "device"]].iloc[0]
+            rows.append({"run_id": run, **facts, "level": level, "epoch": when["epoch"], "elapsed": when["elapsed"]})
+    return pd.DataFrame(rows)
+
+
+def convergence(df: pd.DataFrame, every: Sequence[Arm]) -> dict[str, pd.DataFrame]:
+    """Return for each method `summarise_convergence` of its chosen runs, at the levels of that method."""
+    epochs = summarise_chosen_epochs(df, every)
+    found = {}
+    for method in dict.fromkeys(arm.method for arm in every):
+        mine = epochs[epochs["method"] == method]
+        found[method] = summarise_convergence(mine, levels_to_reach(mine))
+    return found
+
+
+# --- from numbers to words --------------------------------------------------------------------------------------------
+
+
+def summarise_arms(every: Sequence[Arm]) -> pd.DataFrame:
+    """Return, as text, what was chosen for each method and optimizer, n, and its measures; seconds are of one device."""
+    device = main_device(every)
+    rows = []
+    for arm in every:
+        seconds = arm.runs.loc[arm.runs["device_name"].astype(str) == device, "seconds"]
+        row = {
+            "method": arm.method,
+            "optimizer": arm.look.label,
+            "learning rate": number(arm.rate) + (f" ({arm.edge})" if arm.edge else ""),
+            "chosen from": str(arm.runs["candidates"].iloc[0]),
+            "seeds": str(len(arm.runs)),
+        }
+        row |= {MEASURES[name].label: with_spread(arm.runs[name], MEASURES[name], unit=False) for name in COMPARED}
+        rows.append(row | {MEASURES["seconds"].label: with_spread(seconds, MEASURES["seconds"], unit=False)})
+    return pd.DataFrame(rows)
+
+
+def main_device(every: Sequence[Arm]) -> str:
+    """Return the device that most of the chosen runs were made on."""
+    return str(pd.concat([arm.runs["device_name"].astype(str) for arm in every]).mode()[0])
+
+
+def summarise_convergence_in_words(found: Mapping[str, pd.DataFrame], device: str) -> pd.DataFrame:
+    """Return, as text, epochs and seconds to each level of each method and optimizer."""
+    rows = []
+    for method, reached in found.items():
+        for arm, mine in reached.groupby("arm", sort=False):
+            row = {"method": method, "optimizer": OPTIMIZERS[str(arm)].label}
+            for share, level in zip(LEVELS, levels_of(reached["level"]), strict=True):
+                at = mine[mine["level"] == level]
+                row[f"{100 * share:g} % of the worst"] = f"{level:.1f} %: {_time_in_words(at, device)}"
+            rows.append(row)
+    return pd.DataFrame(rows)
+
+
+def _time_in_words(at: pd.DataFrame, device: str) -> str:
+    """Return `2.3 ± 0.6 epochs, 4.1 ± 0.2 s`; where a run is not there no mean, since that would be of the fast ones."""
+    there = at["epoch"].notna().sum()
+    if there < len(at):
+        return f"reached by {there} of {len(at)} seeds"
+    timed = at.loc[at["device"].astype(str) == device, "elapsed"]
+    seconds = f", {with_spread(timed, Measure('', 's', 2 if timed.mean() < 10 else 1))}" if len(timed) else ""
+    return with_spread(at["epoch"], Measure("", "epochs", 1)) + seconds
+
+
+def summarise_differences(every: Sequence[Arm]) -> pd.DataFrame:
+    """Return, as text, every paired difference with its 95 % interval; bold where that leaves 0 out."""
+    rows = []
+    for pair in comparisons(every):
+        row = {"method": pair.ours.method, "difference": pair.label}
+        for name in COMPARED:
+            found = pair.difference(name)
+            text = _interval(found, name)
+            row[MEASURES[name].label.replace("%", "points")] = f"**{text}**" if found.shown else text
+        rows.append(row)
+    return pd.DataFrame(rows)
+
+
+def _interval(found: Difference, measure: str) -> str:
+    if not found.pairs:
+        return "no seed in common"
+    decimals = MEASURES[measure].decimals
+    ends = f" ({interval_in_words(found, decimals)})" if np.isfinite(found.half) else ""
+    return f"{found.mean:+.{decimals}f}".replace("-", MINUS) + ends
+
+
+def describe(setting: Setting) -> str:
+    """Return in words what a setting holds constant, where its images are from, and how each optimizer was set."""
+    f, runs = setting.fields, setting.runs
+    sources = sorted(set(runs["data_source"].astype(str)))
+
+    def values(of: pd.DataFrame, *names: str) -> str:
+        return ", ".join(f"{name} {' or '.join(map(number, levels_of(of[name])))}" for name in names)
+
+    own = {
+        "sgd": ("momentum", "weight_decay"),
+        "adam": ("momentum", "beta2", "weight_decay"),
+        "ivon": ("momentum", "beta2", "weight_decay", "hess_init", "posterior_samples"),
+    }
+    optimizers = [
+        f"{optimizer_name(name)} with {values(mine, *fields)}".replace("_", " ").replace("hess init", "hess_init")
+        for name, fields in own.items()
+        if len(mine := runs[runs["optimizer"] == name])
+    ]
+    if len(fast := runs[runs["method"] == "batchensemble"]):
+        optimizers.append(f"BatchEnsembles with {values(fast, 'alpha_init', 'gamma_init')}".replace("_init", ""))
+    return (
+        f"{f['dataset']} ({', '.join(sources)}), {f['model']}, {f['epochs']} epochs, batches of {f['batch_size']} images, "
+        f"{number(f['warmup_epochs'])} warm-up epochs, augment {f['augment']}, precision {f['precision']}; "
+        + "; ".join(optimizers)
+    )
+
+
+def _averaged(every: Sequence[Arm]) -> str:
+    """Return a sentence, or nothing where IVON is not averaged."""
+    samples = sorted({int(n) for arm in every if arm.name == POSTERIOR for n in arm.runs["posterior_samples"]})
+    return f" {AVERAGED.format(' or '.join(map(str, samples)))}." if samples else ""
+
+
+def _n(every: Sequence[Arm]) -> str:
+    return counted(arm.runs["seed"].nunique() for arm in every)
+
+
+def _chosen_in_words(arm: Arm) -> str:
+    candidates = arm.runs["candidates"].iloc[0]
+    alone = "the only one" if arm.edge == "only" else "the only one with all seeds"
+    return f"learning rate {number(arm.rate)}, " + (f"best of {candidates}" if candidates > 1 else alone)
+
+
+def _chosen(every: Sequence[Arm]) -> str:
+    """Return which learning rates were chosen, and how; for captions."""
+    ordinary = [arm for arm in every if arm.name != POSTERIOR]
+    by_method = []
+    for method in dict.fromkeys(arm.method for arm in ordinary):
+        rates = [f"{optimizer_name(arm.name)} {number(arm.rate)}" for arm in ordinary if arm.method == method]
+        by_method.append(f"{method}: {', '.join(rates)}")
+    return f"Learning rates, chosen {ON_VALIDATION}: {'; '.join(by_method)}."
+
+
+# --- from numbers to pictures -----------------------------------------------------------------------------------------
+
+
+def draw_rates(arm: Arm, ax: Axes, *, measure: str) -> Axes:
+    """Draw a validation measure against the learning rate: small dots are seeds, large ones their mean, filled the chosen.
+
+    Where a rate has fewer seeds than another the number stands beside it, and it could not be chosen.
+    """
+    by = arm.rates.groupby("learning_rate")
+    means, seeds = by[measure].mean(), by["seed"].nunique()
+    look = arm.look
+    ax.plot(arm.rates["learning_rate"], arm.rates[measure], look.marker, color=look.colour, ms=2.4, mew=0, alpha=0.55)
+    ax.plot(means.index, means, look.marker, ls=look.line, color=look.colour, lw=0.9, ms=5, mfc="white", mew=0.8)
+    ax.plot(arm.rate, means[arm.rate], look.marker, color=look.colour, ms=6, mec="white", mew=0.5, zorder=4)
+    for rate, n in seeds[seeds < seeds.max()].reset_index().itertuples(index=False):
+        ax.annotate(
+            f"{n} of {seeds.max()}", (rate, means[rate]), (0, -9), textcoords="offset points", ha="center", va="center",
+            fontsize=6.5, color=GREY,
+        )  # fmt: skip
+    ax.set_xscale("log")
+    ax.margins(x=0.12)
+    return ax
+
+
+def stretch(ax: Axes) -> None:
+    """Let an axis of accuracy in percent, with all its drawings there, resolve the last points before 100."""
+    ax.set_yscale("function", functions=(lambda y: -np.log10(101 - np.minimum(y, 100.9)), lambda y: 101 - 10.0**-y))
+    ax.margins(y=0.08)
+    low, high = ax.get_ylim()
+    low, high = max(low, -1), min(high, 100.3)
+    ax.set_ylim(low, high)
+    if (101 - low) / (101 - high) > 4:
+        ax.yaxis.set_major_locator(FixedLocator([0, 30, 50, 70, 80, 90, 95, 98, 99, 100]))
+    else:
+        ax.yaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 5, 10]))
+    ax.yaxis.set_minor_locator(NullLocator())
+    ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+
+
+def draw_arms(every: Sequence[Arm], ax: Axes, *, measure: str) -> Axes:
+    """Draw a row for each arm, under a heading for each method: dots are seeds, a diamond their mean and 95 % interval.
+
+    Dashed, through all rows: the mean of the single network that SGD trains.
+    """
+    rows: list[tuple[str, Arm | None]] = []
+    for method in dict.fromkeys(arm.method for arm in every):
+        rows += [(method, None), *((arm.look.label, arm) for arm in every if arm.method == method)]
+    for at, (_, arm) in enumerate(rows):
+        if arm is not None:
+            draw_strip(ax, at, arm.runs[measure], interval_of(arm.runs[measure]), arm.look)
+            if arm.name == "sgd" and arm.method == LOOKS["single"].label:
+                ax.axvline(arm.runs[measure].mean(), color=arm.look.colour, lw=0.8, ls=DASHED, zorder=1)
+    ax.set_xlabel(MEASURES[measure].label)
+    return label_rows(ax, [(label, arm is None) for label, arm in rows])
+
+
+def draw_differences(pairs: Sequence[Comparison], ax: Axes, *, measure: str) -> Axes:
+    """Draw paired differences, those of a method under one heading: dots are seeds, a diamond mean and 95 % interval."""
+    rows: list[tuple[str, Comparison | None]] = []
+    for method in dict.fromkeys(pair.ours.method for pair in pairs):
+        rows += [(method, None), *((pair.label, pair) for pair in pairs if pair.ours.method == method)]
+    for at, (_, pair) in enumerate(rows):
+        if pair is None:
+            continue
+        each = pair.ours.runs.set_index("seed")[measure] - pair.other.runs.set_index("seed")[measure]
+        if len(each := each.dropna()):
+            draw_strip(ax, at, each, pair.difference(measure), pair.ours.look)
+    ax.axvline(0, color=GREY, lw=0.8, zorder=1)
+    ax.set_xlabel(f"difference of\n{MEASURES[measure].label.replace('%', 'points')}")
+    ax.xaxis.set_major_locator(MaxNLocator(5))
+    return label_rows(ax, [(label, pair is None) for label, pair in rows])
+
+
+def draw_convergence(reached: pd.DataFrame, ax: Axes, *, measure: str, most: float | None = None) -> Axes:
+    """Draw the epochs or seconds (`elapsed`) to each level: dots are seeds, a line goes through their means.
+
+    A run that does not reach a level is a cross above a line, and such a level has no mean.
+
+    Args:
+        most: of this measure, where several panels have one scale.
+    """
+    most = float(reached[measure].max()) if most is None else most
+    top, missed = 1.15 * most, bool(reached[measure].isna().any())
+    levels = levels_of(reached["level"])
+    for i, (name, look) in enumerate((name, look) for name, look in OPTIMIZERS.items() if name != POSTERIOR):
+        mine = reached[reached["arm"] == name]
+        seeds = levels_of(mine["seed"])
+        beside = mine["seed"].map({seed: 0.05 * (k - (len(seeds) - 1) / 2) for k, seed in enumerate(seeds)})
+        at = mine["level"].map(levels.index) + 0.26 * (i - 1)
+        there = mine[measure].notna()
+        style: dict[str, Any] = {"color": look.colour, "ls": "", "clip_on": False, "in_layout": False}
+        ax.plot((at + beside)[there], mine.loc[there, measure], marker=look.marker, ms=2.8, mew=0, alpha=0.6, **style)
+        ax.plot((at + beside)[~there], [top] * (~there).sum(), marker="x", ms=4, mew=1, **style)
+        means = mine.groupby("level")[measure].agg(lambda values: values.mean() if values.notna().all() else np.nan)
+        ax.plot(
+            np.arange(len(means)) + 0.26 * (i - 1), means, look.marker, ls=look.line, lw=1, color=look.colour, ms=4.6
+        )
+    ax.set_xticks(range(len(levels)), [f"{level:.1f}" for level in levels])
+    ax.set_xlim(-0.5, len(levels) - 0.5)
+    ax.set_ylim(0, 1.22 * most)
+    ax.yaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 5, 10], integer=measure == "epoch"))
+    if missed:
+        ax.axhline(1.075 * most, color=GREY, lw=0.5)
+        ax.text(-0.45, top, "not reached", va="center", fontsize=6.5, color=GREY)
+    ax.grid(False, axis="x")
+    return ax
+
+
+# --- which figures, and what they say ---------------------------------------------------------------------------------
+
+
+def figures(df: pd.DataFrame) -> Figures:
+    """Yield (setting/name, caption, figure) of every figure that the results support; inside `plots.figure.style()`."""
+    for setting in settings(df):
+        every = arms(setting)
+        for part in (_curve_figures, _rate_figures, _method_figures, _convergence_figures, _member_figures):
+            for name, caption, figure in part(every, df):
+                yield f"{setting.name}/{name}", f"{caption} Setting: {describe(setting)}.", figure
+
+
+def findings(df: pd.DataFrame) -> dict[str, Finding]:
+    """Return for each setting's name what was found, and from what."""
+    found = {}
+    for setting in settings(df):
+        every, device = arms(setting), main_device(arms(setting))
+        reached = convergence(df, every)
+        tables = [
+            "Mean ± standard deviation over seeds (of one seed no spread is known); learning rate of each row chosen "
+            f"{ON_VALIDATION}; IVON's at the mean. In brackets: whether it is the smallest or largest of those tried. "
+            f"{_seconds(every)}\n\n" + markdown(summarise_arms(every)),
+            "Epochs and seconds of training until the validation accuracy is first there: 90, 95 and 99 % of the final one of "
+            "the method's worst optimizer. Validation is once an epoch.\n\n"
+            + markdown(summarise_convergence_in_words(reached, device)),
+        ]
+        differences = summarise_differences(every)
+        if len(differences):
+            tables.append(
+                "Paired differences over seeds, mean and 95 % interval by Student's t, bold where it leaves 0 out; none is "
+                "corrected for their number.\n\n" + markdown(differences)
+            )
+        made = provenance(setting.runs, describe(setting))
+        found[setting.name] = Finding(_sentences(setting, every, reached, device), "\n\n".join(tables), made)
+    return found
+
+
+def _seconds(every: Sequence[Arm]) -> str:
+    devices = pd.concat([arm.runs["device_name"].astype(str) for arm in every])
+    left_out = "; runs on other devices are left out" if devices.nunique() > 1 else ""
+    return (
+        f"Seconds are without validation, measured on {main_device(every)}{left_out}; what else that machine did is not "
+        "known."
+    )
+
+
+def _sentences(setting: Setting, every: Sequence[Arm], reached: Mapping[str, pd.DataFrame], device: str) -> list[str]:
+    f = setting.fields
+    epochs = f"{f['epochs']} epoch{'s' if f['epochs'] > 1 else ''}"
+    spread = ", mean ± standard deviation" if max(len(arm.runs) for arm in every) > 1 else ""
+    lines = [
+        f"{f['dataset']}, {f['model']}, {epochs}, {_n(every).removeprefix('n = ')}: test accuracy, NLL and ECE after the last "
+        f"epoch{spread}; learning rates chosen {ON_VALIDATION}.{_averaged(every)}"
+    ]
+    for method in reached:
+        values = [
+            ", ".join(
+                [
+                    f"{arm.look.label} {with_spread(arm.runs['test_accuracy'], MEASURES['test_accuracy'])}",
+                    with_spread(arm.runs["test_nll"], MEASURES["test_nll"]),
+                    with_spread(arm.runs["test_ece"], MEASURES["test_ece"])
+                    + (f" ({_chosen_in_words(arm)})" if arm.name != POSTERIOR else ""),
+                ]
+            )
+            for arm in every
+            if arm.method == method
+        ]
+        lines.append(f"{method[0].upper()}{method[1:]}: {'; '.join(values)}.")
+    ordinary = [arm for arm in every if arm.name != POSTERIOR]
+    if edges := _by_rate([arm for arm in ordinary if arm.edge in ("smallest", "largest")]):
+        lines.append(f"At the edge of the rates that were tried, so that the best may lie outside: {edges}.")
+    if only := _by_rate([arm for arm in ordinary if arm.edge == "only"]):
+        lines.append(f"Nothing was chosen where one rate alone was tried: {only}.")
+    if short := lacking(setting.runs):
+        lines.append(
+            "Fewer seeds than other rates have, as their runs diverged or are not done yet, and so not chosen from: "
+            f"{'; '.join(short)}."
+        )
+    lines += _verdicts(every)
+    for method, mine in reached.items():
+        level = mine["level"].max()
+        times = [
+            f"{OPTIMIZERS[str(name)].label} {_time_in_words(one[one['level'] == level], device)}"
+            for name, one in mine.groupby("arm", sort=False)
+        ]
+        lines.append(f"To {level:.1f} % on validation, {method}: {'; '.join(times)}.")
+    lines.append(
+        f"All of it at one budget, {epochs} of a schedule that ends there: of longer training, and of how optimizers compare "
+        "where networks converge, it says nothing."
+    )
+    return lines
+
+
+def _by_rate(some: Sequence[Arm]) -> str:
+    """Return `Adam 0.03, the largest of 4 (single network, BatchEnsemble of 2); SGD ...`."""
+    methods: dict[str, list[str]] = {}
+    for arm in some:
+        of = f", the {arm.edge} of {arm.rates['learning_rate'].nunique()}" if arm.edge != "only" else ""
+        methods.setdefault(f"{optimizer_name(arm.name)} {number(arm.rate)}{of}", []).append(arm.method)
+    return "; ".join(f"{rate} ({', '.join(where)})" for rate, where in methods.items())
+
+
+def _verdicts(every: Sequence[Arm]) -> list[str]:
+    """Return, of each measure, which paired intervals leave 0 out and which do not."""
+    lines = []
+    pairs = comparisons(every)
+    for name in COMPARED:
+        measure = MEASURES[name]
+        known = [(pair, found) for pair in pairs if np.isfinite((found := pair.difference(name)).half)]
+        if not known:
+            continue
+        shown = [(pair, f"{pair.label} {_interval(found, name)}") for pair, found in known if found.shown]
+        rest = [(pair, pair.label) for pair, found in known if not found.shown]
+        text = (
+            f"Paired differences of {measure.name} in {measure.unit.replace('%', 'points')} whose 95 % interval (t) leaves 0 "
+            f"out: {len(shown)} of {len(known)}"
+        )
+        if shown:
+            text += f", where {0.05 * len(known):.1f} would be expected of no difference at all: {_by_method(shown)}"
+        text += f". No difference is shown: {_by_method(rest)}." if rest else "."
+        if few := len(pairs) - len(known):
+            text += f" Too few to tell: {few} more, of fewer than three paired seeds."
+        lines.append(text)
+    if pairs and not lines:
+        lines.append(
+            "No two optimizers have three seeds in common: no interval is known, and none can be said to be better."
+        )
+    return lines
+
+
+def _by_method(words: Sequence[tuple[Comparison, str]]) -> str:
+    """Return `single network, a, b; deep ensemble of 4, c`."""
+    methods = dict.fromkeys(pair.ours.method for pair, _ in words)
+    return "; ".join(
+        f"{method}, {', '.join(word for pair, word in words if pair.ours.method == method)}" for method in methods
+    )
+
+
+def _curve_figures(every: Sequence[Arm], df: pd.DataFrame) -> Figures:
+    """Figures 15 to 18 of the original study."""
+    epochs = summarise_chosen_epochs(df, every)
+    if epochs["epoch"].nunique() < 2:
+        return
+    ordinary = [arm for arm in every if arm.name != POSTERIOR]
+    sampled = OPTIMIZERS | {"ivon": OPTIMIZERS["ivon"]._replace(label="IVON at its samples")}
+    for name, title in (
+        ("train_nll", f"Training NLL ({RUNNING}), logarithmic"),
+        ("validation_nll", "Validation NLL of the ensemble's prediction, logarithmic"),
+        ("train_accuracy", f"Training accuracy ({RUNNING}); {STRETCHED}"),
+        ("validation_accuracy", f"Validation accuracy of the ensemble's prediction; {STRETCHED}"),
+    ):
+        figure, axes = _panels([arm.method for arm in every], 1.75)
+        for method, ax in axes.items():
+            draw_curves(epochs[epochs["method"] == method], ax, measure=name, looks=OPTIMIZERS).set_title(method)
+        _scale(next(iter(axes.values())), name)
+        _outer(axes)
+        training = name.startswith("train")
+        legend(figure, set(epochs["arm"]), sampled if training else OPTIMIZERS, lines=OPTIMIZERS)
+        where = (
+            "at a sample of its posterior in each step, which is harder" if training else "at the mean of its posterior"
+        )
+        yield (
+            f"curves_{name}",
+            f"{title}; by epoch, for each method and optimizer, IVON {where}. Thin lines are seeds, thick "
+            f"ones their mean, {_n(ordinary)}. {_chosen(every)}",
+            figure,
+        )
+
+
+def _panels(names: Sequence[str], height: float) -> tuple[Figure, dict[str, Axes]]:
+    """Return a figure of a panel for each name, with one scale, at most four beside each other."""
+    names = list(dict.fromkeys(names))
+    columns = min(COLUMNS, len(names))
+    down = -(-len(names) // columns)
+    figure = new_figure(TEXT_WIDTH * WIDTHS.get(columns, 1), height * down + 0.5)
+    axes = figure.subplots(down, columns, sharex=True, sharey=True, squeeze=False)
+    for ax in list(axes.flat)[len(names) :]:
+        ax.set_axis_off()
+    return figure, dict(zip(names, axes.flat, strict=False))
+
+
+def _outer(axes: Mapping[str, Axes]) -> None:
+    """Leave labels to the left and to those without a panel below."""
+    for i, ax in enumerate(axes.values()):
+        if i % COLUMNS:
+            ax.set_ylabel("")
+            ax.tick_params(labelleft=False)
+        if i + COLUMNS < len(axes):
+            ax.set_xlabel("")
+        else:
+            ax.tick_params(labelbottom=True)
+
+
+def _scale(ax: Axes, measure: str) -> None:
+    if measure.endswith("accuracy"):
+        stretch(ax)
+    else:
+        ax.set_yscale("log")
+        low, high = ax.get_ylim()
+        ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)) if high > 5 * low else MaxNLocator(5))
+        ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        ax.yaxis.set_minor_locator(NullLocator())
+
+
+def _rate_figures(every: Sequence[Arm], df: pd.DataFrame) -> Figures:
+    methods = list(dict.fromkeys(arm.method for arm in every))
+    optimizers = [name for name in OPTIMIZERS if name != POSTERIOR and any(arm.name == name for arm in every)]
+    runs = pd.concat([arm.rates for arm in every])
+    short = lacking(runs)
+    named = (
+        f" Fewer seeds than other rates have, as their runs diverged or are not done yet: {'; '.join(short)}."
+        if short
+        else ""
+    )
+    for measure, title in (
+        ("validation_accuracy", f"Validation accuracy after the last epoch ({STRETCHED})"),
+        ("validation_nll", "Validation NLL after the last epoch (logarithmic)"),
+    ):
+        figure = new_figure(TEXT_WIDTH * max(1.5, len(optimizers)) / 3, max(2.4, 1.2 * len(methods) + 0.7))
+        axes = figure.subplots(len(methods), len(optimizers), sharex="col", sharey="row", squeeze=False)
+        for row, method in zip(axes, methods, strict=True):
+            for ax, name in zip(row, optimizers, strict=True):
+                mine = [arm for arm in every if arm.method == method and arm.name.startswith(name)]
+                for arm in mine:
+                    draw_rates(arm, ax, measure=measure)
+            row[0].set_ylabel(method)
+            _scale(row[0], measure)
+        for ax, name in zip(axes[0], optimizers, strict=True):
+            ax.set_title(optimizer_name(name))
+        for ax, name in zip(axes[-1], optimizers, strict=True):
+            rates = levels_of(runs.loc[runs["optimizer"] == name, "learning_rate"])
+            ax.xaxis.set_major_locator(FixedLocator(rates))
+            ax.xaxis.set_minor_locator(NullLocator())
+            ax.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        figure.supxlabel("learning rate", fontsize=8)
+        figure.supylabel(MEASURES[measure].label, fontsize=8)
+        legend(figure, {arm.name for arm in every}, OPTIMIZERS)
+        yield (
+            f"learning_rates_{measure}",
+            f"{title} against the learning rate, a column for each optimizer, a row for each method. Small dots are seeds, "
+            f"large ones their mean, {_n(every)} at the chosen rate, which is filled; it was chosen {ON_VALIDATION}; IVON's at "
+            f"the mean.{named}",
+            figure,
+        )
+
+
+def _method_figures(every: Sequence[Arm], df: pd.DataFrame) -> Figures:
+    dots = "Dots are seeds, diamonds their mean with its 95 % interval by Student's t"
+    headings = len({arm.method for arm in every})
+    averaged = _averaged(every)
+    figure = new_figure(TEXT_WIDTH, 0.17 * (len(every) + headings) + 0.6)
+    for ax, measure in zip(figure.subplots(1, 2, sharey=True), ("test_accuracy", "test_nll"), strict=True):
+        draw_arms(every, ax, measure=measure)
+    yield (
+        "methods",
+        f"Final test accuracy (left) and NLL (right) of each method and optimizer.{averaged} {dots}, {_n(every)}; dashed: the "
+        f"mean of the single network that SGD trains. {_chosen(every)}",
+        figure,
+    )
+    pairs = comparisons(every)
+    if not pairs:
+        return
+    headings = len({pair.ours.method for pair in pairs})
+    figure = new_figure(TEXT_WIDTH, 0.17 * (len(pairs) + headings) + 0.75)
+    for ax, measure in zip(figure.subplots(1, 3, sharey=True), COMPARED, strict=True):
+        draw_differences(pairs, ax, measure=measure)
+    n = counted(len(set(pair.ours.runs["seed"]) & set(pair.other.runs["seed"])) for pair in pairs)
+    yield (
+        "differences",
+        "Paired differences over seeds of final test accuracy (right of 0 is better), NLL and ECE in 15 bins (left of 0 is "
+        f"better).{averaged} {dots}, {n.replace('seed', 'paired seed')}. None of the {3 * len(pairs)} intervals is corrected "
+        f"for their number. {_chosen(every)}",
+        figure,
+    )
+
+
+def _convergence_figures(every: Sequence[Arm], df: pd.DataFrame) -> Figures:
+    found = convergence(df, every)
+    every_run, device = pd.concat(list(found.values())), main_device(every)
+    columns, down = min(COLUMNS, len(found)), -(-len(found) // COLUMNS)
+    figure = new_figure(TEXT_WIDTH * WIDTHS.get(columns, 1), 3.2 * down + 0.5)
+    axes = figure.subplots(2 * down, columns, sharey=False, squeeze=False)
+    for rows, measure, unit in ((axes[:down], "epoch", "epochs"), (axes[down:], "elapsed", "seconds of training")):
+        for i, (ax, (method, reached)) in enumerate(zip(rows.flat, found.items(), strict=False)):
+            shown = reached[reached["device"].astype(str) == device] if measure == "elapsed" else reached
+            draw_convergence(shown, ax, measure=measure, most=every_run["epoch"].max() if measure == "epoch" else None)
+            ax.set_title(method)
+            ax.set_xlabel("validation accuracy (%)")
+            if i % columns == 0:
+                ax.set_ylabel(unit)
+            elif measure == "epoch":
+                ax.tick_params(labelleft=False)
+        for ax in list(rows.flat)[len(found) :]:
+            ax.set_axis_off()
+    missed = int(every_run["epoch"].isna().sum())
+    legend(figure, set(every_run["arm"]), OPTIMIZERS)
+    yield (
+        "convergence",
+        "Epochs (above) and seconds of training (below) until the validation accuracy is first there, IVON at the mean: at 90, "
+        "95 and 99 % of the final one of the method's worst optimizer (the mean over its seeds, rounded down), so that each "
+        f"optimizer gets there. Small dots are seeds, large ones their mean, {_n(every)}; a run that does not get there is a "
+        f"cross, and then there is no mean ({missed or 'none'} of {len(every_run)}). Validation is once an epoch, and the "
+        "learning rate falls to 0 at the last one: with another budget the times are others. "
+        f"{_seconds(every)} {_chosen(every)}",
+        figure,
+    )
+
+
+def _member_figures(every: Sequence[Arm], df: pd.DataFrame) -> Figures:
+    """Members beside their ensemble, and reliability diagrams."""
+    ordinary = [arm for arm in every if arm.name != POSTERIOR]
+    if any((arm.runs["ensemble_size"] > 1).any() for arm in ordinary):
+        bands = pd.concat([arm.runs.assign(label=f"{arm.method},\n{arm.look.label}") for arm in ordinary])
+        yield (
+            "members",
+            "Members beside their ensemble: final test accuracy (left) and NLL (right), IVON at the mean. Each line is a seed, "
+            "its small dots the members alone, its large dot their ensemble; the stroke through a band is the mean over seeds, "
+            f"{_n(ordinary)}. {_chosen(every)}",
+            two_members(bands, df, OPTIMIZERS),
+        )
+    bins = summarise_reliability(df)
+    stated = [arm._replace(runs=arm.runs[arm.runs["run_id"].isin(set(bins["run_id"]))]) for arm in ordinary]
+    stated = [arm for arm in stated if len(arm.runs)]
+    if not stated:
+        return
+    figure, axes = _panels([arm.method for arm in stated], 1.75)
+    for arm in stated:
+        ax = axes[arm.method]
+        draw_reliability(bins[bins["run_id"].isin(set(arm.runs["run_id"]))], ax, look=arm.look, shares=False)
+        ax.set_title(arm.method)
+        ax.set(xlabel="confidence (%)", ylabel="accuracy (%)", xlim=(-2, 102), ylim=(-2, 102))
+    _outer(axes)
+    legend(figure, {arm.name for arm in stated}, OPTIMIZERS)
+    yield (
+        "reliability",
+        "Accuracy of the ensemble's prediction, of IVON at the mean, against its confidence on the test set, in "
+        f"{RELIABILITY_BINS} bins of equal width: below the diagonal it is too sure. Small dots are seeds, large ones their "
+        f"mean weighted with the images in a bin, open where they are less than {SPARSE} % of all, {_n(stated)}. "
+        f"{_chosen(every)}",
+        figure,
+    )

@@ -1,0 +1,518 @@
+import csv
+import signal
+import subprocess
+import sys
+import threading
+from collections import Counter
+from dataclasses import fields, replace
+
+import pytest
+
+from batchens import optimizers
+from batchens.files import ROOT
+from batchens.grid import run_id
+from batchens.results import METRICS, damage, differences
+from batchens.run import Cancelled, Folders, Run, command_line
+from scripts import parameter_averaging
+from scripts.parameter_averaging import GRIDS, STARTS, TRAINED, Config, main
+
+SMALL = {"hidden_size": 16, "epochs": 2, "batch_size": 128, "ensemble_size": 2, "threads": 1, "device": "cpu"}
+OPTIONS = [word for name, value in SMALL.items() for word in (f"--{name.replace('_', '-')}", str(value))]
+METHODS = ("single", "deep_ensemble", "naive_average", "weight_matching", *TRAINED)
+
+
+@pytest.fixture(autouse=True)
+def digits(digits_folder, monkeypatch):
+    monkeypatch.setenv("BATCHENS_DATA", str(digits_folder))
+
+
+@pytest.fixture
+def command(monkeypatch, capsys):
+    """The script's command line in this process: (exit code, what it said on stderr)."""
+
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["parameter_averaging", *map(str, arguments)])
+        try:
+            code = command_line("parameter_averaging", Config, main, parameter_averaging.__doc__)
+        except SystemExit as stop:
+            code = stop.code
+        return code, capsys.readouterr().err
+
+    return run
+
+
+def rows_of(path):
+    assert damage(path) is None
+    with open(path, newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def run(folder="", **settings):
+    """Do a run in this process and return its rows."""
+    folders = Folders()
+    if folder:
+        folders = Folders(folders.data, folder / "runs", folder / "results")
+    return rows_of(main(Config(**SMALL | settings), folders))
+
+
+def find(rows, split, member=""):
+    (row,) = (row for row in rows if (row["split"], row["member"]) == (split, str(member)))
+    return row
+
+
+def networks(folder):
+    return sorted((folder / "runs" / "parameter_averaging" / "networks").glob("*.pt"))
+
+
+# settings and grids
+
+
+def test_a_field_that_a_method_has_no_use_for_makes_no_other_run():
+    single = Config(method="single", extra_epochs=7, extra_learning_rate=1, temperature=1, start="matching")
+    assert single == Config(method="single", matching="first")
+    assert Config(method="fine_tuned_average", start="identity", matching="first") == Config(
+        method="fine_tuned_average"
+    )
+    assert Config(method="weight_matching", matching="first", ensemble_size=2) == Config(
+        method="weight_matching", ensemble_size=2
+    )
+    assert Config(model="cnn", depth=3, hidden_size=7) == Config(model="cnn")
+    assert Config(batchnorm="none") == Config() != Config(temperature=1.0)
+    assert (
+        Config(start="matching", matching="first")
+        != Config(start="matching")
+        == Config(start="matching", matching="mean")
+    )
+
+
+def test_what_is_not_given_is_the_methods_own():
+    rates = {method: Config(method=method).extra_learning_rate for method in METHODS}
+    assert {method: rate for method, rate in rates.items() if rate is not None} == {
+        "distillation": 0.1,
+        "fine_tuned_single": 0.01,
+        "fine_tuned_average": 0.1,
+        "permavg": 0.1,
+        "mixing": 0.001,
+    }
+    assert {Config(method=method, epochs=7).extra_epochs for method in TRAINED} == {7}
+    assert {Config(method=method, epochs=7).extra_epochs for method in METHODS if method not in TRAINED} == {None}
+    assert Config().temperature == 0.1 and Config().start == "identity" and Config().matching is None
+
+
+BASE = Config(model="mlp", start="matching")
+OTHERS = {
+    "dataset": "fashion_mnist", "model": "cnn", "depth": 2, "hidden_size": 64, "batchnorm": "none", "method": "mixing",
+    "ensemble_size": 4, "matching": "first", "start": "identity", "temperature": 1.0, "extra_epochs": 3,
+    "extra_learning_rate": 0.2, "optimizer": "adam", "learning_rate": 0.2, "weight_decay": 0, "momentum": 0.8, "epochs": 3,
+    "warmup_epochs": 1, "batch_size": 64, "augment": False, "precision": "bf16", "seed": 1, "device": "cpu", "threads": 2,
+}  # fmt: skip
+
+
+def test_every_field_changes_the_id_except_those_that_do_not_decide_the_result():
+    assert set(OTHERS) | {"base_weights", "base_digest"} == {field.name for field in fields(Config)}
+    same = {name for name, value in OTHERS.items() if run_id(replace(BASE, **{name: value})) == run_id(BASE)}
+    assert same == {"device", "threads", "batchnorm"}
+    assert run_id(Config(model="cnn", batchnorm="none")) != run_id(Config(model="cnn"))
+
+
+def test_the_id_of_the_default_run_never_changes():
+    assert run_id(Config()) == "digits-mlp-permavg-m3-identity-0.1-s0-48cd539f"
+
+
+STUDIES = [name for name in GRIDS if name != "smoke"]
+
+
+@pytest.mark.parametrize("name", GRIDS)
+def test_every_run_of_a_grid_has_its_own_id(name):
+    ids = [run_id(config) for config in GRIDS[name]]
+    assert len(set(ids)) == len(ids)
+
+
+@pytest.mark.parametrize("name", STUDIES)
+def test_a_study_has_every_method_on_the_same_networks_with_as_much_extra_training(name):
+    configs = GRIDS[name]
+    assert len(set(Counter(replace(config, seed=0) for config in configs).values())) == 1
+    for size in {config.ensemble_size for config in configs} - {1}:
+        of_size = [config for config in configs if config.ensemble_size == size]
+        assert {config.method for config in of_size} == set(METHODS)
+        assert {(c.method, c.start) for c in of_size if c.start} == {
+            (m, s) for m in STARTS for s in ("identity", "matching")
+        }
+    assert {config.extra_epochs for config in configs if config.method in TRAINED} == {configs[0].epochs}
+    for config in configs:
+        own = Config(method=config.method, learning_rate=config.learning_rate)
+        assert config.extra_learning_rate == own.extra_learning_rate
+
+
+def test_the_thesis_setting_is_among_them():
+    mine = GRIDS["fashion_mnist"]
+    assert {
+        (c.depth, c.hidden_size, c.epochs, c.batch_size, c.learning_rate, c.weight_decay, c.momentum) for c in mine
+    } == {(1, 512, 20, 512, 0.1, 1e-5, 0.9)}
+    assert {(c.ensemble_size, c.temperature) for c in mine if c.method == "permavg" and c.start == "identity"} == {
+        (size, temperature) for size in (2, 3, 5, 8) for temperature in (0.1, 1.0)
+    }
+    assert {config.seed for config in mine} == set(range(5))
+    assert {config.depth for config in GRIDS["deeper"]} == {2, 3}
+    assert {config.batchnorm for config in GRIDS["vgg11"]} == {"shared", "none"}
+
+
+# the command line
+
+
+@pytest.mark.parametrize("start", [["scripts/parameter_averaging.py"], ["-m", "scripts.parameter_averaging"]])
+def test_help_has_every_field_both_ways_of_starting(start):
+    ran = subprocess.run([sys.executable, *start, "--help"], capture_output=True, text=True, cwd=ROOT, timeout=60)
+    assert ran.returncode == 0, ran.stderr
+    for name in [*(field.name for field in fields(Config) if field.init), "data", "runs", "results"]:
+        assert f"--{name.replace('_', '-')}" in ran.stdout
+    assert "--base-digest" not in ran.stdout
+
+
+def test_settings_and_grids_need_no_torch(python):
+    ran = python("import sys; from scripts.parameter_averaging import GRIDS; print('torch' in sys.modules)")
+    assert ran.stdout == "False\n", ran.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--method", "median"], "median"),
+        (["--epochs", "0"], "epochs must be at least 1, however: 0"),
+        (["--extra-epochs", "0"], "extra_epochs must be at least 1, however: 0"),
+        (["--ensemble-size", "1"], "ensemble_size must be at least 2, however: 1"),
+        (["--depth", "0"], "depth must be at least 1, however: 0"),
+        (["--learning-rate", "-1"], "learning_rate must be positive, however: -1.0"),
+        (["--extra-learning-rate", "0"], "extra_learning_rate must be positive, however: 0"),
+        (["--temperature", "0"], "temperature must be positive, however: 0"),
+        (["--temperature", "nan"], "temperature must be positive, however: nan"),
+        (["--warmup-epochs", "20"], "warmup_epochs must be below epochs=20, however: 20"),
+        (["--model", "vgg11"], "vgg11 takes images of 28x28 or 32x32, however digits has smaller ones"),
+        (["--batch-size", "2000"], "batch_size must be at most the number of training images, however: 2000 > 1257"),
+        (
+            ["--base-weights", "none.pt", "none.pt", "none.pt"],
+            "base_weights must be files that can be read, however: none.pt",
+        ),
+        (["--base-weights", "none.pt"], "a file for each of ensemble_size=3 networks, however: 1"),
+    ],
+)
+def test_what_is_not_possible_is_said_and_nothing_is_trained(arguments, message, command, tmp_path):
+    code, said = command(*arguments)
+    assert code == 2
+    assert message in " ".join(said.replace("│", " ").split())
+    assert "Traceback" not in said
+    assert (
+        not list(tmp_path.rglob("*.csv"))
+        and not list(tmp_path.rglob("*.checkpoint"))
+        and not list(tmp_path.rglob("*.pt"))
+    )
+
+
+# what a run measures
+
+
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory):
+    return tmp_path_factory.mktemp("shared")
+
+
+NETWORK = 64 * 16 + 16 + 16 * 10 + 10
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_run_says_what_it_was_and_what_came_of_it(method, shared, tmp_path, monkeypatch):
+    rows = run(shared, method=method, epochs=6, batch_size=64)
+    trained, members = method in TRAINED, 2 if method == "deep_ensemble" else 1
+    for split in ("validation", "test"):
+        last = [row for row in rows if row["split"] == split and row["epoch"] == ("6" if trained else "0")]
+        assert sorted(row["member"] for row in last) == ["", *map(str, range(members))]
+    assert float(find(rows, "test")["accuracy"]) > (0.3 if method == "naive_average" else 0.75)
+    assert all(0 <= float(find(rows, "test")[name]) for name in ("nll", "brier", "ece"))
+    assert {row["epoch"] for row in rows if row["split"] == "train"} == (set("123456") if trained else set())
+    assert all(float(row["seconds"]) > 0 for row in rows if row["split"] == "train")
+    for row in rows:
+        assert row["method"] == method and row["ensemble_size"] == "2" and float(row["seconds_base"]) > 0
+        assert int(row["parameters"]) == members * NETWORK
+        matrices = method in ("permavg", "mixing")
+        assert int(row["parameters_trained"]) == (16 * 16 if matrices else NETWORK if trained else 0)
+        assert float(row["inference_images_per_second"]) > 0
+        assert bool(row["seconds_matching"]) == (method == "weight_matching")
+    assert len(find(rows, "reliability")["y"].split()) == 15
+    splits = {row["split"] for row in rows} - {"train", "validation", "test", "reliability"}
+    expected = {"matrix", "picture", "picture_ordered"} if method in ("permavg", "mixing") else set()
+    if method == "permavg":
+        expected |= {"validation_projected", "test_projected"}
+    if method == "weight_matching":
+        expected |= {f"{which}_{metric}" for which in ("line", "matched_line") for metric in ("accuracy", "nll")}
+    assert splits == expected
+    assert len(networks(shared)) == 2
+
+
+def test_the_matrices_are_kept_as_numbers_and_pictures():
+    rows = run(extra_epochs=1, temperature=1.0, depth=2, ensemble_size=3)
+    assert [(row["member"], row["layer"], row["size"]) for row in rows if row["split"] == "matrix"] == [
+        ("1", "0", "16"), ("2", "0", "16"), ("1", "1", "16"), ("2", "1", "16"),
+    ]  # fmt: skip
+    for row in rows:
+        if row["split"] == "matrix":
+            assert 0 < float(row["diagonal"]) <= float(row["row_max"]) <= 1.0001
+            assert 0 <= float(row["unique_argmax"]) <= 1 and 0 <= float(row["row_error"]) < 0.01
+    picture, ordered = (find(rows, split, 1)["y"].split() for split in ("picture", "picture_ordered"))
+    assert len(picture) == 16 * 16 and sorted(picture) == sorted(ordered)
+    trace = [sum(float(y[17 * i]) for i in range(16)) for y in (picture, ordered)]
+    assert trace[0] <= trace[1]
+
+
+def test_a_line_goes_from_one_network_to_the_other_and_its_barrier_is_above_the_chord():
+    rows = run(method="weight_matching", ensemble_size=2)
+    for which in ("line", "matched_line"):
+        x, y = ([float(number) for number in find(rows, f"{which}_nll")[name].split()] for name in "xy")
+        assert x == pytest.approx([n / 10 for n in range(11)])
+        chord = [y[0] + (y[-1] - y[0]) * share for share in x]
+        barrier = float(find(rows, f"{which}_nll")["barrier"])
+        assert barrier == pytest.approx(max(a - b for a, b in zip(y, chord, strict=True)), abs=1e-4)
+    assert find(rows, "line_nll")["y"].split()[0] == find(rows, "matched_line_nll")["y"].split()[0]
+    middle = float(find(rows, "matched_line_accuracy")["y"].split()[5])
+    assert middle == pytest.approx(float(find(rows, "test")["accuracy"]), abs=1e-4)
+
+
+def test_with_batchnorm_there_is_what_stale_statistics_do():
+    rows = run(method="naive_average", model="cnn")
+    assert {row["split"] for row in rows} == {
+        "validation", "test", "validation_stale", "test_stale", "reliability",
+    }  # fmt: skip
+    assert float(find(rows, "test_stale")["nll"]) != float(find(rows, "test")["nll"])
+
+
+def test_the_best_network_is_chosen_on_validation_images():
+    single = [run(method="single", ensemble_size=size) for size in (1, 2)]
+    deep = run(method="deep_ensemble")
+    accuracy = {m: float(find(deep, "validation", m)["accuracy"]) for m in (0, 1)}
+    nll = {m: float(find(deep, "validation", m)["nll"]) for m in (0, 1)}
+    best = max((0, 1), key=lambda m: (accuracy[m], -nll[m]))
+    assert find(single[0], "test")["nll"] == find(deep, "test", 0)["nll"]
+    assert find(single[1], "test")["nll"] == find(deep, "test", best)["nll"]
+
+
+def test_a_run_begins_with_what_it_is_trained_from():
+    def first(rows):
+        return next(row for row in rows if (row["split"], row["epoch"], row["member"]) == ("validation", "0", ""))[
+            "nll"
+        ]
+
+    assert first(run(method="fine_tuned_average", extra_epochs=1)) == first(run(method="naive_average"))
+    assert first(run(method="fine_tuned_single", extra_epochs=1)) == first(run(method="single"))
+    matched = first(run(method="weight_matching"))
+    assert first(run(method="fine_tuned_average", start="matching", extra_epochs=1)) == matched
+    free = float(first(run(method="mixing", start="matching", extra_epochs=1)))
+    assert free == pytest.approx(float(matched), rel=1e-4)
+
+
+# the networks
+
+
+def test_a_network_is_trained_once_for_all_runs(monkeypatch, tmp_path):
+    trained, train_network = [], parameter_averaging.train_network
+    monkeypatch.setattr(parameter_averaging, "train_network", lambda *a: trained.append(a[3]) or train_network(*a))
+    one, two = run(method="naive_average"), run(method="weight_matching")
+    assert trained == [0, 1]
+    assert {row["seconds_base"] for row in one} == {row["seconds_base"] for row in two}
+    run(method="naive_average", ensemble_size=3)
+    assert trained == [0, 1, 2]
+    run(method="naive_average", seed=1)
+    run(method="naive_average", learning_rate=0.05)
+    assert trained == [0, 1, 2, 0, 1, 0, 1]
+    assert len(networks(tmp_path)) == 7
+    assert not list(tmp_path.rglob("*.checkpoint"))
+
+
+def test_networks_of_a_seed_differ_in_their_weights_and_in_the_order_of_their_images(monkeypatch):
+    from batchens import training
+
+    given, fit = [], training.fit
+    monkeypatch.setattr(training, "fit", lambda *a, **o: given.append(o["seed"]) or fit(*a, **o))
+    run(seed=3, method="distillation", extra_epochs=1)
+    assert given == [3000, 3001, 3999]
+
+
+@pytest.mark.parametrize("harm", ["cut", "changed", "empty", "other"])
+def test_a_damaged_network_is_trained_again(harm, tmp_path, capsys):
+    import torch
+
+    before = run(method="deep_ensemble")
+    path = networks(tmp_path)[0]
+    content = path.read_bytes()
+    if harm == "other":
+        torch.save({"weights": {}}, path)
+    elif harm == "changed":  # a few bits of the weights
+        at = content.index(b"data/0") + 2000
+        path.write_bytes(content[:at] + bytes(255 - byte for byte in content[at : at + 8]) + content[at + 8 :])
+    else:
+        path.write_bytes(content[: {"cut": -300, "empty": 0}[harm]])
+    after = run(tmp_path / "again", method="deep_ensemble")  # with networks of its own
+    (tmp_path / "results").rename(tmp_path / "before")
+    repeated = run(method="deep_ensemble")
+    assert "is trained again" in capsys.readouterr().out
+    assert set(differences(repeated, before).values()) == set(differences(after, before).values()) == {0.0}
+    assert parameter_averaging.load_network(fresh(), path) is not None
+
+
+def fresh():
+    return parameter_averaging.build(Config(**SMALL), (1, 8, 8), 10, 0)
+
+
+def test_of_two_runs_that_want_the_same_networks_each_takes_a_free_one_and_waits_for_the_other(tmp_path, monkeypatch):
+    from filelock import FileLock
+
+    folders = Folders()
+    config = Config(**SMALL, method="deep_ensemble")
+    name = parameter_averaging.network_name(config, 0, "scikit-learn digits")
+    lock = folders.runs / "parameter_averaging" / "networks" / f"{name}.lock"
+    lock.parent.mkdir(parents=True)
+    held, waiting = FileLock(lock, thread_local=False), threading.Event()
+    monkeypatch.setattr(parameter_averaging.time, "sleep", lambda seconds: waiting.set())
+    held.acquire()
+    seen = []
+
+    def release():
+        assert waiting.wait(60)
+        seen.extend(path.name.rsplit("-", 1)[0] for path in networks(tmp_path))
+        held.release()
+
+    other = threading.Thread(target=release)
+    other.start()
+    main(config, folders)
+    other.join()
+    assert seen == ["digits-mlp-1"]  # the second network while the first was held
+    assert len(networks(tmp_path)) == 2
+
+
+def test_a_run_that_waits_for_others_can_be_cancelled(monkeypatch):
+    from filelock import FileLock
+
+    config = Config(**SMALL, method="naive_average")
+    own = Run("parameter_averaging", config, Folders())
+    folder = own.folders.runs / "parameter_averaging" / "networks"
+    folder.mkdir(parents=True)
+    names = [parameter_averaging.network_name(config, member, "scikit-learn digits") for member in (0, 1)]
+    locks = [FileLock(folder / f"{name}.lock") for name in names]
+    for lock in locks:
+        lock.acquire()
+    monkeypatch.setattr(parameter_averaging.time, "sleep", lambda seconds: own.cancelled.touch())
+    with pytest.raises(Cancelled):
+        main(config, own.folders)
+    for lock in locks:
+        lock.release()
+
+
+# interruptions
+
+
+@pytest.mark.parametrize(
+    ("method", "at"),
+    [("permavg", 14), ("permavg", 48), ("distillation", 48), ("fine_tuned_average", 48)],
+)  # of 9 steps an epoch and 3 epochs a network: in the second of the first network, in the third of the extra ones
+def test_a_run_stopped_in_mid_epoch_and_gone_on_with_ends_as_one_that_was_not(
+    method, at, command, tmp_path, monkeypatch
+):
+    options = (*OPTIONS, "--method", method, "--epochs", 3)
+    own = Run("parameter_averaging", Config(**SMALL | {"method": method, "epochs": 3}), Folders())
+    step, steps = optimizers.step, []
+
+    def stopping(*arguments):
+        steps.append(1)
+        if len(steps) == at + (27 if at > 27 else 0):
+            raise KeyboardInterrupt
+        step(*arguments)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(optimizers, "step", stopping)
+        assert command(*options)[0] == 130
+    assert own.checkpoint.exists() == (at > 27) and len(list(tmp_path.rglob("*.checkpoint"))) == (at < 27)
+    taken = len(steps)
+    with monkeypatch.context() as patched:
+        patched.setattr(optimizers, "step", lambda *a: steps.append(1) or step(*a))
+        assert command(*options)[0] == 0
+    assert len(steps) - taken == 81 - (9 if at < 27 else 72)  # whole epochs are not repeated
+    assert list(own.folder.iterdir()) == [] and not list(tmp_path.rglob("*.checkpoint"))
+    resumed = rows_of(own.result)
+    uninterrupted = run(tmp_path / "other", method=method, epochs=3)
+    names = ("epoch", "split", "member", "x", "y", "row_max", *METRICS)
+    assert [[row[name] for name in names] for row in resumed] == [
+        [row[name] for name in names] for row in uninterrupted
+    ]
+    assert command(*options) == (0, "")  # done before
+
+
+PAUSED = """
+import runpy, time
+from batchens import optimizers
+step, steps = optimizers.step, []
+def pausing(*arguments):
+    steps.append(1)
+    if len(steps) == 14:  # of 9 an epoch
+        print("paused", flush=True)
+        time.sleep(60)
+    step(*arguments)
+optimizers.step = pausing
+runpy.run_module("scripts.parameter_averaging", run_name="__main__", alter_sys=True)
+"""
+
+
+def test_a_killed_run_leaves_its_network_to_others(tmp_path):
+    options = [*OPTIONS, "--method", "deep_ensemble"]
+    killed = subprocess.Popen([sys.executable, "-c", PAUSED, *options], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    assert "epoch 1 of 4" in killed.stdout.readline() and killed.stdout.readline() == "paused\n"
+    killed.send_signal(signal.SIGKILL)
+    killed.communicate()
+    assert len(list(tmp_path.rglob("*.checkpoint"))) == 1 and networks(tmp_path) == []
+    gone_on, undisturbed = run(method="naive_average"), run(tmp_path / "other", method="naive_average")
+    assert set(differences(gone_on, undisturbed).values()) == {0.0}
+
+
+# networks that others trained
+
+
+@pytest.fixture
+def files(tmp_path):
+    import torch
+
+    def make(count=2, width=16, folder="theirs"):
+        (tmp_path / folder).mkdir(exist_ok=True)
+        paths = [tmp_path / folder / f"{m}.pt" for m in range(count)]
+        for m, path in enumerate(paths):
+            network = parameter_averaging.build(Config(**SMALL | {"hidden_size": width}), (1, 8, 8), 10, m)
+            torch.save({f"their.{key}": tensor for key, tensor in network.state_dict().items()}, path)
+        return paths
+
+    return make
+
+
+def test_networks_of_others_are_read_and_their_content_names_the_run(files, command, tmp_path):
+    first, second = files()
+    config = Config(**SMALL | {"base_weights": (first, second), "method": "weight_matching"})
+    assert config.epochs == 0 and config.warmup_epochs == 0
+    rows = rows_of(main(config, Folders()))
+    assert {row["base_digest"] for row in rows} == {config.base_digest} and len(config.base_digest) == 64
+    assert {row["seconds_base"] for row in rows} == {""} and not networks(tmp_path)
+    copies = tuple(path.with_name(f"copy{number}") for number, path in enumerate((first, second)))
+    for path, copy in zip((first, second), copies, strict=True):
+        copy.write_bytes(path.read_bytes())
+    assert run_id(replace(config, base_weights=copies)) == run_id(config)
+    assert run_id(replace(config, base_weights=(second, first))) != run_id(config)
+    assert run_id(replace(config, base_weights=(first, second, first), epochs=9)) == run_id(config)
+    code, _ = command(*OPTIONS, "--method", "permavg", "--extra-epochs", 1, "--base-weights", first, second)
+    assert code == 0
+
+
+def test_files_that_do_not_fit_are_refused_before_any_training(files, command, tmp_path):
+    first, second = files()
+    narrow = files(1, 8, "narrow")[0]
+    second.write_bytes(second.read_bytes()[:-100])
+    for path, message in (
+        (narrow, "their.1.weight is 8 x 64 where 1.weight is 16 x 64"),
+        (second, "must be a state_dict"),
+    ):
+        code, said = command(*OPTIONS, "--base-weights", first, path)
+        assert code == 2 and message in said and str(path) in said
+        assert not list(tmp_path.rglob("*.csv")) and not list(tmp_path.rglob("*checkpoint*"))
