@@ -42,10 +42,10 @@ from plots.image_runs import (
     SPARSE,
     Setting,
     choose,
+    difference_in_words,
     draw_curves,
     draw_reliability,
     draw_strip,
-    interval_in_words,
     label_rows,
     legend,
     provenance,
@@ -326,18 +326,10 @@ def summarise_differences(every: Sequence[Arm]) -> pd.DataFrame:
         row = {"method": pair.ours.method, "difference": pair.label}
         for name in COMPARED:
             found = pair.difference(name)
-            text = _interval(found, name)
+            text = difference_in_words(found, name)
             row[MEASURES[name].label.replace("%", "points")] = f"**{text}**" if found.shown else text
         rows.append(row)
     return pd.DataFrame(rows)
-
-
-def _interval(found: Difference, measure: str) -> str:
-    if not found.pairs:
-        return "no seed in common"
-    decimals = MEASURES[measure].decimals
-    ends = f" ({interval_in_words(found, decimals)})" if np.isfinite(found.half) else ""
-    return f"{found.mean:+.{decimals}f}".replace("-", MINUS) + ends
 
 
 def describe(setting: Setting) -> str:
@@ -612,7 +604,7 @@ def _verdicts(every: Sequence[Arm]) -> list[str]:
         known = [(pair, found) for pair in pairs if np.isfinite((found := pair.difference(name)).half)]
         if not known:
             continue
-        shown = [(pair, f"{pair.label} {_interval(found, name)}") for pair, found in known if found.shown]
+        shown = [(pair, f"{pair.label} {difference_in_words(found, name)}") for pair, found in known if found.shown]
         rest = [(pair, pair.label) for pair, found in known if not found.shown]
         text = (
             f"Paired differences of {measure.name} in {measure.unit.replace('%', 'points')} whose 95 % interval (t) leaves 0 "

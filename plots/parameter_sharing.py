@@ -22,7 +22,6 @@ from plots.figure import (
     DASHED,
     LOOKS,
     MEASURES,
-    MINUS,
     TEXT_WIDTH,
     TIMES,
     Figures,
@@ -40,10 +39,11 @@ from plots.image_runs import (
     RELIABILITY,
     Setting,
     curves_of,
+    difference_in_words,
     draw_curves,
     draw_strip,
     in_words,
-    interval_in_words,
+    label_rows,
     logarithmic,
     provenance,
     reliability_diagrams,
@@ -53,7 +53,7 @@ from plots.image_runs import (
     two_members,
 )
 from plots.image_runs import summarise_runs as summarise_image_runs
-from plots.statistics import Difference, difference, interval_of
+from plots.statistics import difference, interval_of
 
 SETTING = [
     "dataset", "model", "batchnorm", "ensemble_size", "optimizer", "learning_rate", "weight_decay", "momentum",
@@ -264,17 +264,11 @@ def summarise_differences(setting: Setting, measures: Sequence[str] = ("test_acc
             row = {"tied": REGIMES.get(regime, ""), "cell": label, "compared with": kind.removeprefix("less ")}
             for name in measures:
                 found = difference(ours.runs, other.runs, name)
-                row[MEASURES[name].label] = f"**{_interval(found, name)}**" if found.shown else _interval(found, name)
+                row[MEASURES[name].label] = (
+                    f"**{difference_in_words(found, name)}**" if found.shown else difference_in_words(found, name)
+                )
             rows.append(row)
     return pd.DataFrame(rows)
-
-
-def _interval(found: Difference, measure: str) -> str:
-    if not found.pairs:
-        return "no seed in common"
-    decimals = MEASURES[measure].decimals
-    ends = f" ({interval_in_words(found, decimals)})" if np.isfinite(found.half) else ""
-    return f"{found.mean:+.{decimals}f}".replace("-", MINUS) + ends
 
 
 def summarise_weights(df: pd.DataFrame) -> pd.DataFrame:
@@ -302,7 +296,7 @@ def draw_cells(every: Sequence[Cell], ax: Axes, *, measure: str) -> Axes:
         if cell.arm in ("single", "deep_ensemble") and cell.runs[measure].notna().any():
             ax.axvline(cell.runs[measure].mean(), color=ARMS[cell.arm].colour, lw=0.8, ls=DASHED, zorder=1)
     ax.set_xlabel(MEASURES[measure].label)
-    return _rows(ax, [(label, cell is None) for label, cell in rows])
+    return label_rows(ax, [(label, cell is None) for label, cell in rows])
 
 
 def draw_differences(pairs: Sequence[Comparison], ax: Axes, *, measure: str) -> Axes:
@@ -320,18 +314,7 @@ def draw_differences(pairs: Sequence[Comparison], ax: Axes, *, measure: str) -> 
     ax.axvline(0, color=GREY, lw=0.8, zorder=1)
     ax.set_xlabel(f"difference of {MEASURES[measure].label.replace('%', 'points')}")
     ax.xaxis.set_major_locator(MaxNLocator(5))
-    return _rows(ax, [(label, pair is None) for label, pair in rows])
-
-
-def _rows(ax: Axes, labels: list[tuple[str, bool]]) -> Axes:
-    """Label rows from above; of headings, in bold, no line is drawn."""
-    ax.set_yticks(range(len(labels)), [label for label, _ in labels])
-    for tick, (_, heading) in zip(ax.yaxis.get_major_ticks(len(labels)), labels, strict=True):
-        tick.label1.set_fontweight("bold" if heading else "normal")
-    ax.set_ylim(len(labels) - 0.5, -0.5)
-    ax.tick_params(axis="y", length=0)
-    ax.grid(False, axis="y")
-    return ax
+    return label_rows(ax, [(label, pair is None) for label, pair in rows])
 
 
 def draw_against(runs: pd.DataFrame, ax: Axes, *, x: str, y: str) -> Axes:
@@ -487,7 +470,7 @@ def _verdicts(every: Sequence[Cell]) -> list[str]:
                 total += bool(np.isfinite(found.half))
                 if found.shown:
                     where = f"{regime}, " if regime else ""
-                    shown.append(f"{where}{pair.label} {pair.kind} {_interval(found, name)}")
+                    shown.append(f"{where}{pair.label} {pair.kind} {difference_in_words(found, name)}")
         unit = measure.unit.replace("%", "points")
         if total:
             lines.append(

@@ -1,10 +1,14 @@
 """Figures of the toy regression: what each method predicts, how well and how sure, inside the training range and beyond it.
 
 A *setting* is everything but method, regime, members and seed: generator, kind of variance, network, data and steps. Each
-has figures of its own. Nothing is selected in this experiment: every method is drawn as it was run, on the same data.
+has figures of its own, and one figure joins them all. A single network trained for a multiple of the steps, `longer`, belongs
+to the setting too: five times the steps are as many as all members of five make. Under `split` a single network sees a random
+share of the points in each step, as a member does. Nothing is selected in this experiment: every method is drawn as it was
+run, on the same data.
 """
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterable
+from functools import partial
 from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
@@ -13,6 +17,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
 from batchens.results import REGRESSION_METRICS
 from plots.figure import (
@@ -20,6 +25,8 @@ from plots.figure import (
     LOOKS,
     MINUS,
     TEXT_WIDTH,
+    TIMES,
+    Figures,
     Finding,
     Look,
     Measure,
@@ -31,13 +38,15 @@ from plots.figure import (
     with_spread,
 )
 from plots.reading import FACTS
-from plots.statistics import half_width, paired_difference
+from plots.statistics import Difference, difference, interval_of
 
 SETTING = ["generator", "variance", "mean_first", "hidden_size", "train_points", "learning_rate", "epochs"]
 ARM = ["method", "regime", "ensemble_size", "alpha_init", "gamma_init"]
 CONFIG = [*SETTING, *ARM, "seed"]
 METRICS = REGRESSION_METRICS
 OF_TRUTH = {"rmse": "rmse_of_truth", "nll": "nll_of_truth"}
+EXCESS = Measure("excess NLL", "nats", 3, False)  # over that of the true distribution on the same points
+ALL = "all"  # the folder of what joins the settings
 
 REGIONS = {"test": "inside", "test_gap": "in the gap", "test_outside": "outside"}
 LEVELS = (50, 90, 95)
@@ -52,8 +61,6 @@ MEASURES = {
 GREY, INK, SHADE = "#404040", "#808080", "#f0f0f0"
 CURVES = ("curve", "truth", "points", "gap", "outside")
 
-Figures: TypeAlias = Iterator[tuple[str, str, Figure]]
-
 
 # --- from rows to numbers ---------------------------------------------------------------------------------------------
 
@@ -65,6 +72,9 @@ class Arm(NamedTuple):
     look: Look
     filled: bool
     runs: pd.DataFrame
+
+
+Pair: TypeAlias = tuple[str, Arm, Arm]  # label, ours, the one that is taken off
 
 
 class Setting(NamedTuple):
@@ -83,14 +93,24 @@ def summarise_runs(df: pd.DataFrame) -> pd.DataFrame:
     """Return one row a run and region of the test: configuration, facts and the ensemble's measures; coverage in percent."""
     tests = df[df["member"].isna() & df["split"].isin(list(REGIONS))].copy()
     tests[[f"coverage_{level}" for level in LEVELS]] *= 100
-    return tests[["run_id", "split", *CONFIG, *FACTS, *MEASURES, *OF_TRUTH.values(), "seconds"]].reset_index(drop=True)
+    tests["excess"] = tests["nll"] - tests["nll_of_truth"]
+    columns = ["run_id", "split", *CONFIG, *FACTS, *MEASURES, *OF_TRUTH.values(), "excess", "seconds"]
+    return tests[columns].reset_index(drop=True)
 
 
 def settings(df: pd.DataFrame) -> list[Setting]:
-    """Return the settings of a results table, by name; a single network of either kind of variance belongs to one."""
-    found: list[tuple[dict[str, Any], pd.DataFrame]] = [
-        (dict(runs.iloc[0][SETTING]), runs) for _, runs in summarise_runs(df).groupby(SETTING)
-    ]
+    """Return the settings of a results table, by name; a single network may belong to several, by its number of steps."""
+    found: list[tuple[dict[str, Any], pd.DataFrame]] = []
+    for _, alike in summarise_runs(df).groupby([name for name in SETTING if name != "epochs"]):
+        single, epochs = alike["method"] == "single", alike["epochs"]
+        every = sorted(set(epochs[~single]))
+        for own in sorted(set(epochs[single])):  # what belongs to none yet makes its own
+            if all(own % steps for steps in every):
+                every.append(own)
+        for steps in every:
+            mine = alike[(epochs == steps) | (single & (epochs % steps == 0))]
+            fields = dict(mine.iloc[0][SETTING]) | {"epochs": steps}
+            found.append((fields, mine.assign(times=mine["epochs"] // steps)))
     names = []
     for fields, _ in found:
         namesakes = [f for f, _ in found if all(f[name] == fields[name] for name in ("generator", "variance"))]
@@ -101,60 +121,63 @@ def settings(df: pd.DataFrame) -> list[Setting]:
 
 def _arms(runs: pd.DataFrame) -> list[Arm]:
     """Return the methods in the order of LOOKS; a label says of the members no more than it takes to tell them apart."""
-    members = [name for name in ARM[2:] if runs.loc[runs["method"] != "single", name].nunique() > 1]
+    whole = (runs["method"] == "single") & (runs["regime"] == "repeat")  # it has neither members nor shares
+    members = [name for name in ARM[2:] if runs.loc[~whole, name].nunique() > 1]
     arms = []
-    for _, mine in runs.groupby(ARM, dropna=False):
-        fields = dict(mine.iloc[0][ARM])
+    for _, mine in runs.groupby([*ARM, "times"], dropna=False):
+        fields = dict(mine.iloc[0][[*ARM, "times"]])
         look = LOOKS[fields["method"]]
         words = [look.label]
-        if fields["method"] != "single":
-            words.append(fields["regime"])
+        if fields["times"] > 1:
+            look = LOOKS["longer"]
+            words.append(f"{fields['times']} {TIMES} steps")
+        words.append(fields["regime"])
+        if fields["method"] != "single" or fields["regime"] == "split":
             words += [f"{name} {number(fields[name])}" for name in members if pd.notna(fields[name])]
         arms.append(Arm(", ".join(words), look, fields["regime"] == "split", mine))
+    return _ordered(arms)
+
+
+def _ordered(arms: Iterable[Arm]) -> list[Arm]:
     order = list(LOOKS.values())
     return sorted(arms, key=lambda arm: (order.index(arm.look), arm.label))
 
 
-def comparisons(arms: list[Arm]) -> list[tuple[str, Arm, Arm]]:
-    """Return what is compared with what: every ensemble less the single network, each BatchEnsemble less deep ensembles.
+def comparisons(arms: list[Arm]) -> list[Pair]:
+    """Return what is compared with what, in one regime and with as many members.
 
-    A BatchEnsemble and a deep ensemble are compared in one regime and with as many members.
+    Every ensemble less the single networks, trained for the same steps and for as many times longer as there are members;
+    each BatchEnsemble less the deep ensemble; the longer single network less the shorter. Between regimes: the single network
+    under split less that under repeat, which is what small batches do by themselves.
     """
-    pairs = [(ours, other) for other in arms for ours in arms if _comparable(_fields(ours), _fields(other))]
+    pairs = [
+        (ours, other)
+        for other in arms
+        for ours in arms
+        if _comparable(_fields(ours), _fields(other)) and ours.runs["seed"].isin(other.runs["seed"]).any()
+    ]
     return [(f"{ours.label}\n{MINUS} {other.label}", ours, other) for ours, other in pairs]
 
 
 def _comparable(ours: dict[str, Any], other: dict[str, Any]) -> bool:
-    if other["method"] == "single":
-        return bool(ours["method"] != "single")
-    same = all(ours[name] == other[name] for name in ("regime", "ensemble_size"))
-    return bool(same and ours["method"] == "batchensemble" and other["method"] == "deep_ensemble")
+    alike, size = ours["ensemble_size"] == other["ensemble_size"], ours["ensemble_size"]
+    methods, times = (ours["method"], other["method"]), (ours["times"], other["times"])
+    if ours["regime"] != other["regime"]:
+        return bool(methods == ("single", "single") and times == (1, 1) and ours["regime"] == "split")
+    if methods == ("single", "single"):
+        return bool(times[0] > 1 and times[1] == 1 and alike)
+    if methods[1] == "single":
+        return bool(times[1] in (1, size) and (alike or ours["regime"] == "repeat"))
+    return bool(methods == ("batchensemble", "deep_ensemble") and alike)
 
 
 def _fields(arm: Arm) -> dict[str, Any]:
-    return dict(arm.runs.iloc[0][ARM])
+    return dict(arm.runs.iloc[0][[*ARM, "times"]])
 
 
 def of_region(arm: Arm, split: str) -> pd.DataFrame:
     """Return an arm's runs in one region, in the order of their seeds."""
     return arm.runs[arm.runs["split"] == split].sort_values("seed")
-
-
-class Difference(NamedTuple):
-    """A paired difference over seeds: its mean, half of its 95 % t interval (nan for fewer than 3 pairs), how many pairs."""
-
-    mean: float
-    half: float
-    pairs: int
-
-    @property
-    def shown(self) -> bool:
-        return bool(abs(self.mean) > self.half)
-
-
-def difference(ours: Arm, other: Arm, split: str, measure: str) -> Difference:
-    mean, error, pairs = paired_difference(of_region(ours, split), of_region(other, split), measure)
-    return Difference(mean, half_width(error, pairs) if pairs >= 3 else np.nan, pairs)
 
 
 def summarise_arms(setting: Setting) -> pd.DataFrame:
@@ -184,16 +207,52 @@ def summarise_differences(setting: Setting) -> pd.DataFrame:
         for measure in OF_TRUTH:
             row = {"difference": label.replace("\n", " "), "of": MEASURES[measure].label}
             for split, region in REGIONS.items():
-                found = difference(ours, other, split, measure)
-                row[region] = f"**{_interval(found, measure)}**" if found.shown else _interval(found, measure)
+                found = difference(of_region(ours, split), of_region(other, split), measure)
+                interval = _interval(found, MEASURES[measure].decimals, sign="+")
+                row[region] = f"**{interval}**" if found.shown else interval
             rows.append(row)
     return pd.DataFrame(rows)
 
 
-def _interval(found: Difference, measure: str) -> str:
-    decimals = MEASURES[measure].decimals
-    ends = f" ({found.mean - found.half:+.{decimals}f} to {found.mean + found.half:+.{decimals}f})"
-    return f"{found.mean:+.{decimals}f}{ends if np.isfinite(found.half) else ''}".replace("-", MINUS)
+def summarise_excess(joined: list[Setting]) -> pd.DataFrame:
+    """Return, as text, how far the NLL of each method is from that of the true distribution, a column a setting."""
+    rows = []
+    for split, region in REGIONS.items():
+        for label in _labels(joined):
+            row = {"test points": region, "method": label}
+            for setting in joined:
+                runs = [of_region(arm, split)["excess"] for arm in setting.arms if arm.label == label]
+                row[setting.name] = _interval(interval_of(runs[0]), EXCESS.decimals) if runs else ""
+            rows.append(row)
+    return pd.DataFrame(rows)
+
+
+def summarise_signs(joined: list[Setting]) -> pd.DataFrame:
+    """Return each comparison, `ours` and `other`, with the settings whose interval of NLL is below 0 and above 0, by region.
+
+    Columns: ours, other, region, settings (in how many there is this comparison), lower, higher.
+    """
+    rows = []
+    for setting in joined:
+        for _, ours, other in comparisons(setting.arms):
+            for split, region in REGIONS.items():
+                found = difference(of_region(ours, split), of_region(other, split), "nll")
+                signs = {"lower": int(found.shown and found.mean < 0), "higher": int(found.shown and found.mean > 0)}
+                rows.append({"ours": ours.label, "other": other.label, "region": region, "settings": 1, **signs})
+    columns = ["ours", "other", "region", "settings", "lower", "higher"]
+    return pd.DataFrame(rows, columns=columns).groupby(columns[:3], sort=False, as_index=False).sum()
+
+
+def _labels(joined: list[Setting]) -> list[str]:
+    """Return the labels of all methods, in order."""
+    arms = {arm.label: arm for setting in joined for arm in setting.arms}
+    return [arm.label for arm in _ordered(arms.values())]
+
+
+def _interval(found: Difference, decimals: int, sign: str = "") -> str:
+    form = f"{sign}.{decimals}f"
+    ends = f" ({found.mean - found.half:{form}} to {found.mean + found.half:{form}})"
+    return f"{found.mean:{form}}{ends if np.isfinite(found.half) else ''}".replace("-", MINUS)
 
 
 # --- from numbers to pictures -----------------------------------------------------------------------------------------
@@ -240,30 +299,65 @@ def draw_predictions(rows: pd.DataFrame, ax: Axes, *, look: Look) -> Axes:
     return ax
 
 
-def draw_measure(arms: list[Arm], ax: Axes, *, split: str, measure: str) -> Axes:
+def draw_measure(arms: list[Arm], ax: Axes, *, split: str, measure: str, among: list[Arm] | None = None) -> Axes:
     """Draw a measure of each arm in one region: a dot for each seed, and the mean with its 95 % t interval.
 
-    Dashed: what the true distribution scores on the same points, the mean over seeds.
+    Dashed: what the true distribution scores on the same points, the mean over seeds. `excess`, the NLL over that, is on a
+    logarithmic axis where all of it is positive, from below its lowest dot: an interval that reaches further is cut.
+
+    Args:
+        among: all arms whose panels share the axis, if those are more.
     """
     for at, arm in enumerate(arms):
-        values = of_region(arm, split)[measure].to_numpy()
-        error = values.std(ddof=1) / np.sqrt(len(values)) if len(values) >= 3 else np.nan
-        _strip(ax, at, values, arm)
-        _mean(ax, at, values.mean(), half_width(error, len(values)) if len(values) >= 3 else np.nan)
-    runs = pd.concat([of_region(arm, split) for arm in arms])
-    ax.axvline(runs[OF_TRUTH[measure]].mean(), color=GREY, lw=0.8, ls=DASHED, zorder=1)
+        values = of_region(arm, split)[measure]
+        _strip(ax, at, values.to_numpy(), arm)
+        _mean(ax, at, interval_of(values))
+    if measure in OF_TRUTH:
+        runs = pd.concat([of_region(arm, split) for arm in arms])
+        ax.axvline(runs[OF_TRUTH[measure]].mean(), color=GREY, lw=0.8, ls=DASHED, zorder=1)
+    elif _logarithmic(among or arms):
+        _logarithmic_axis(ax, [of_region(arm, split)[measure] for arm in among or arms])
     return _rows(ax, [arm.label for arm in arms])
 
 
-def draw_differences(arms: list[Arm], ax: Axes, *, split: str, measure: str) -> Axes:
-    """Draw the paired differences of a measure in one region: a dot for each seed, the mean with its 95 % t interval."""
-    pairs = comparisons(arms)
+def _logarithmic(arms: list[Arm]) -> bool:
+    return all((arm.runs["excess"] > 0).all() for arm in arms)
+
+
+def _logarithmic_axis(ax: Axes, every: list[pd.Series]) -> None:
+    found = [interval_of(values) for values in every]
+    low = 0.7 * min(values.min() for values in every)
+    high = 1.4 * max(*(values.max() for values in every), *(one.mean + np.nan_to_num(one.half) for one in found))
+    decades = np.log10(high / low)
+    ax.set_xscale("log")
+    subs = (1, 2, 3, 5) if decades < 1 else (1, 2, 5) if decades < 1.5 else (1, 3) if decades < 2.5 else (1,)
+    ax.xaxis.set_major_locator(LogLocator(subs=subs))
+    ax.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    ax.xaxis.set_minor_formatter(NullFormatter())
+    ax.set_xlim(low, high)
+
+
+def draw_differences(pairs: list[Pair], ax: Axes, *, split: str, measure: str, far: Collection[str] = ()) -> Axes:
+    """Draw the paired differences of a measure in one region: a dot for each seed, the mean with its 95 % t interval.
+
+    Args:
+        far: the measures whose axis is logarithmic beyond -1 and 1 where a difference is more than 10.
+    """
+    farthest = 0.0
     for at, (_, ours, other) in enumerate(pairs):
         each = of_region(ours, split).set_index("seed")[measure] - of_region(other, split).set_index("seed")[measure]
         _strip(ax, at, each.dropna().to_numpy(), ours)
-        found = difference(ours, other, split, measure)
-        _mean(ax, at, found.mean, found.half)
+        _mean(ax, at, interval_of(each))
+        farthest = max(farthest, each.abs().max())
     ax.axvline(0, color=GREY, lw=0.8, zorder=1)
+    ax.xaxis.set_major_locator(MaxNLocator(4))
+    if measure in far and farthest > 10:
+        decades = range(1, int(np.log10(farthest)) + 1)
+        ends = (-(10.0 ** decades[-1]), -1, 0, 1, 10.0 ** decades[-1])
+        ax.set_xscale("symlog", linthresh=1)
+        ax.set_xlim(-1.5 * farthest, 1.5 * farthest)
+        ax.set_xticks(ends, [number(end) for end in ends])
+        ax.set_xticks([sign * 10.0**decade for decade in decades for sign in (-1, 1)], minor=True)
     return _rows(ax, [label for label, _, _ in pairs])
 
 
@@ -284,13 +378,15 @@ def draw_coverage(arms: list[Arm], ax: Axes, *, split: str) -> Axes:
 
 def _strip(ax: Axes, at: float, values: np.ndarray, arm: Arm, height: float = 0.5) -> None:
     rows = at + height * (np.linspace(-0.5, 0.5, len(values)) if len(values) > 1 else np.zeros(1))
-    face = arm.look.colour if arm.filled or arm.look is LOOKS["single"] else "white"
+    face = arm.look.colour if arm.filled else "white"
     ax.plot(values, rows, arm.look.marker, color=arm.look.colour, mfc=face, ms=2.4, mew=0.5, alpha=0.6, zorder=2)
 
 
-def _mean(ax: Axes, at: float, mean: float, half: float) -> None:
-    bar = half if np.isfinite(half) else 0
-    ax.errorbar(mean, at, xerr=bar, fmt="D", color="black", ms=3.2, mec="white", mew=0.5, elinewidth=1.3, zorder=5)
+def _mean(ax: Axes, at: float, found: Difference) -> None:
+    bar = found.half if np.isfinite(found.half) else 0
+    ax.errorbar(
+        found.mean, at, xerr=bar, fmt="D", color="black", ms=3.2, mec="white", mew=0.5, elinewidth=1.3, zorder=5
+    )
 
 
 def _rows(ax: Axes, labels: list[str]) -> Axes:
@@ -306,51 +402,78 @@ def _rows(ax: Axes, labels: list[str]) -> Axes:
 
 def figures(df: pd.DataFrame) -> Figures:
     """Yield (setting/name, caption, figure) of every figure that the results support; inside `plots.figure.style()`."""
-    for setting in settings(df):
+    every = settings(df)
+    for setting in every:
         for part in (_prediction_figures, _measure_figures):
             for name, caption, figure in part(setting, df):
                 yield f"{setting.name}/{name}", f"{caption} Setting: {describe(setting)}.", figure
+    if len(every) > 1:
+        yield from _joined_figure(every)
 
 
 def findings(df: pd.DataFrame) -> dict[str, Finding]:
-    """Return for each setting's name what was found, and from what."""
+    """Return for each setting's name, and for all that join them, what was found, and from what."""
     found = {}
-    for setting in settings(df):
-        runs = setting.runs
-        facts = [
-            f"{label}: {', '.join(sorted(set(runs[name].dropna().astype(str)))) or 'not known'}"
-            for name, label in (("device_name", "device"), ("torch", "torch"), ("commit", "commit"))
-        ]
-        if (runs["dirty"].astype(str) == "True").any():
-            facts.append("some runs were made with changes that were not committed")
+    every = settings(df)
+    if len(every) > 1:
+        runs = pd.concat([setting.runs for setting in every])
+        found[ALL] = Finding(_joined_sentences(every), _joined_tables(every), _provenance(runs, _described(every)))
+    for setting in every:
         tables = [
             "Mean ± standard deviation over seeds.\n\n" + markdown(summarise_arms(setting)),
             "Paired differences over seeds, mean and 95 % interval by Student's t, bold where it leaves 0 out; none is "
             "corrected for their number.\n\n" + markdown(summarise_differences(setting)),
         ]
-        provenance = f"Drawn from {runs['run_id'].nunique()} runs. Setting: {describe(setting)}. {'; '.join(facts)}."
+        provenance = _provenance(setting.runs, f"Setting: {describe(setting)}")
         found[setting.name] = Finding(_sentences(setting), "\n\n".join(tables), provenance)
     return found
 
 
+def _provenance(runs: pd.DataFrame, described: str) -> str:
+    facts = [
+        f"{label}: {', '.join(sorted(set(runs[name].dropna().astype(str)))) or 'not known'}"
+        for name, label in (("device_name", "device"), ("torch", "torch"), ("commit", "commit"))
+    ]
+    if (runs["dirty"].astype(str) == "True").any():
+        facts.append("some runs were made with changes that were not committed")
+    return f"Drawn from {runs['run_id'].nunique()} runs. {described}. {'; '.join(facts)}."
+
+
 def describe(setting: Setting) -> str:
     """Return in words what a setting holds constant."""
+    f = setting.fields
+    late = f", the first {100 * f['mean_first']:g} % of the steps for the mean alone" if f["mean_first"] < 1 else ""
+    return f"generator {f['generator']}, {f['variance']} variance{late}, {_training(setting)}"
+
+
+def _training(setting: Setting) -> str:
     f, sizes = setting.fields, setting.runs.loc[setting.runs["method"] != "single", "ensemble_size"]
     fast = setting.runs.loc[setting.runs["method"] == "batchensemble", ["alpha_init", "gamma_init"]].drop_duplicates()
-    late = f", the first {100 * f['mean_first']:g} % of the steps for the mean alone" if f["mean_first"] < 1 else ""
     members = f", {listed([f'{size:g}' for size in sorted(sizes.unique())])} members" if len(sizes) else ""
     inits = listed(
         [f"alpha {number(alpha)} and gamma {number(gamma)}" for alpha, gamma in fast.itertuples(index=False)]
     )
+    shares = setting.runs.loc[setting.runs["regime"] == "split", "ensemble_size"]
+    seen = ["all of them (repeat)"] * bool((setting.runs["regime"] == "repeat").any())
+    if len(shares):
+        seen.append(f"a random {listed([f'1/{size:g}' for size in sorted(shares.unique())])} of them (split)")
     return (
-        f"generator {f['generator']}, {f['train_points']} training points, {f['variance']} variance{late}, two hidden layers "
-        f"of {f['hidden_size']}, Adam at learning rate {number(f['learning_rate'])}, {f['epochs']} steps of all training "
-        f"points{members}" + (f", BatchEnsembles from {inits}" if len(fast) else "")
+        f"{f['train_points']} training points, two hidden layers of {f['hidden_size']}, Adam at learning rate "
+        f"{number(f['learning_rate'])}, {f['epochs']} steps, in each of which a member, or a single network, sees "
+        f"{' or '.join(seen)}{members}" + (f", BatchEnsembles from {inits}" if len(fast) else "")
     )
 
 
-def _n(setting: Setting) -> str:
-    return counted(arm.runs["seed"].nunique() for arm in setting.arms)
+def _described(joined: list[Setting]) -> str:
+    """Return in words what each of several settings holds constant, those together that hold the same."""
+    names: dict[str, list[str]] = {}
+    for setting in joined:
+        names.setdefault(_training(setting), []).append(setting.name)
+    return "Settings " + "; ".join(f"{listed(those)}: {words}" for words, those in names.items())
+
+
+def _n(*some: Setting) -> str:
+    return counted(arm.runs["seed"].nunique() for setting in some for arm in setting.arms)
 
 
 def _sentences(setting: Setting) -> list[str]:
@@ -369,7 +492,7 @@ def _sentences(setting: Setting) -> list[str]:
     for measure in OF_TRUTH:
         parts = []
         for split, region in REGIONS.items():
-            every = [difference(ours, other, split, measure) for _, ours, other in pairs]
+            every = [difference(of_region(ours, split), of_region(other, split), measure) for _, ours, other in pairs]
             parts.append(f"{region} {sum(found.shown for found in every)} of {len(every)}")
         if pairs:
             lines.append(
@@ -386,11 +509,11 @@ def _prediction_figures(setting: Setting, df: pd.DataFrame) -> Figures:
             drawn.append((arm, rows[rows["seed"] == rows["seed"].min()]))
     if not drawn:
         return
-    columns = min(3, len(drawn))
+    drawn.sort(key=lambda arm_and_rows: arm_and_rows[0].filled)  # a row of panels for each regime, where all are there
+    columns = min(4, len(drawn))
     down = -(-len(drawn) // columns)
-    figure = new_figure(TEXT_WIDTH, 1.8 * down + (0.5 if len(drawn) != 5 else 0.1))
+    figure = new_figure(TEXT_WIDTH, 1.65 * down + 0.4)
     axes = figure.subplots(down, columns, sharex=True, sharey=True, squeeze=False)
-    cells = list(axes.flat)
     handles = {
         "prediction": Line2D([], [], color=INK, lw=1.5),
         "its members": Line2D([], [], color=INK, lw=0.5),
@@ -399,21 +522,17 @@ def _prediction_figures(setting: Setting, df: pd.DataFrame) -> Figures:
         "training points": Line2D([], [], color=GREY, ls="", marker="o", ms=2.5, mew=0),
         "no training points": Patch(color=SHADE, lw=0),
     }
-    if len(drawn) == 5:  # the legend stands below the single network, and each regime has a column
-        drawn = [drawn[0], *drawn[3:], *drawn[1:3]]
-        empty = cells.pop(3)
-        empty.set_axis_off()
-        empty.legend(list(handles.values()), list(handles), loc="lower left")
-    else:
-        figure.legend(list(handles.values()), list(handles), loc="outside upper center", ncols=6, columnspacing=1.2)
-    for ax in cells[len(drawn) :]:
-        ax.set_axis_off()
-    for at, (ax, (arm, rows)) in enumerate(zip(cells, drawn, strict=False)):
-        draw_predictions(rows, ax, look=arm.look).set_title(arm.label)
-        first = ax in axes[:, 0] or (len(drawn) == 5 and at == 3)  # of its row: beside it is the legend
-        last = ax in axes[-1] or (len(drawn) == 5 and at == 0)  # of its column
+    figure.legend(list(handles.values()), list(handles), loc="outside upper center", ncols=6, columnspacing=1.2)
+    for at, ax in enumerate(axes.flat):
+        if at >= len(drawn):
+            ax.set_axis_off()
+            continue
+        arm, rows = drawn[at]
+        draw_predictions(rows, ax, look=arm.look).set_title("\n".join(arm.label.split(", ", 1)))
+        first, last = at % columns == 0, at + columns >= len(drawn)  # of its row, of its column
         ax.set(ylabel="y" if first else "", xlabel="x" if last else "")
         ax.tick_params(labelleft=first, labelbottom=last)
+        ax.xaxis.set_major_locator(MaxNLocator(5, prune="both"))  # at an edge it would touch the next panel's
     seeds = sorted({int(rows["seed"].iloc[0]) for _, rows in drawn})
     yield (
         "predictions",
@@ -425,27 +544,36 @@ def _prediction_figures(setting: Setting, df: pd.DataFrame) -> Figures:
     )
 
 
+def _cut(arms: list[Arm]) -> str:
+    return ", that of the excess NLL logarithmic, where an interval that leaves the panel is cut" * _logarithmic(arms)
+
+
+DOTS = "Dots are seeds (filled: split, open: repeat)"
+MEANS = "diamonds their mean with its 95 % interval by Student's t"
+
+
 def _measure_figures(setting: Setting, df: pd.DataFrame) -> Figures:
     n = _n(setting)
-    dots = "Dots are seeds (filled: split, open: repeat; the single network filled)"
-    mean = "diamonds their mean with its 95 % interval by Student's t"
 
-    def grid_of(draw: Any, height: float) -> Figure:
+    def grid_of(draw: Any, height: float, measures: dict[str, Measure]) -> Figure:
         figure = new_figure(TEXT_WIDTH, height)
         axes = figure.subplots(2, 3, sharey=True)
-        for row, measure in zip(axes, OF_TRUTH, strict=True):
+        for row, (name, measure) in zip(axes, measures.items(), strict=True):
             for ax, (split, region) in zip(row, REGIONS.items(), strict=True):
-                draw(setting.arms, ax, split=split, measure=measure).set_xlabel(MEASURES[measure].label)
-                if measure == "rmse":
+                draw(ax, split=split, measure=name).set_xlabel(measure.label)
+                if name == "rmse":
                     ax.set_title(region)
         return figure
 
     rows = len(setting.arms)
     yield (
         "measures",
-        f"RMSE (above) and NLL (below) of test points inside the training range, in the gap and outside. {dots}, {mean}; {n}. "
-        "Dashed: the true distribution on the same points. Less is better; each panel has its own axis.",
-        grid_of(draw_measure, 0.6 * max(rows, 3) + 1.2),
+        "RMSE (above) and excess NLL (below), that over the true distribution's on the same points, of test points inside the "
+        f"training range, in the gap and outside. {DOTS}, {MEANS}; {n}. Dashed: the RMSE of the true distribution. Less is "
+        f"better; each panel has its own axis{_cut(setting.arms)}.",
+        grid_of(
+            partial(draw_measure, setting.arms), 0.5 * max(rows, 3) + 1.2, {"rmse": MEASURES["rmse"], "excess": EXCESS}
+        ),
     )
     figure = new_figure(TEXT_WIDTH, 0.52 * max(rows, 3) + 0.7)
     axes = figure.subplots(1, 3, sharey=True)
@@ -455,13 +583,80 @@ def _measure_figures(setting: Setting, df: pd.DataFrame) -> Figures:
     yield (
         "coverage",
         "Share of test points inside the prediction's central 50, 90 and 95 % interval, one below the other for each method. "
-        f"{dots}, black strokes their mean, grey ones the nominal level; {n}. Left of the level: too sure.",
+        f"{DOTS}, black strokes their mean, grey ones the nominal level; {n}. Left of the level: too sure.",
         figure,
     )
-    if pairs := comparisons(setting.arms):
-        yield (
-            "differences",
-            "Paired differences over seeds, of RMSE (above) and NLL (below); left of 0 the first of the two is better. "
-            f"{dots}, {mean}; {n}. No interval is corrected for their number, {6 * len(pairs)}.",
-            grid_of(draw_differences, 0.68 * max(len(pairs), 3) + 1.2),
-        )
+    pairs = comparisons(setting.arms)
+    longer = [pair for pair in pairs if LOOKS["longer"] in (pair[1].look, pair[2].look)]
+    beyond = f" Where an NLL differs by more than 10, the axis is logarithmic beyond {MINUS}1 and 1."
+    for name, some, whose, scale, far in (
+        ("differences", [pair for pair in pairs if pair not in longer], "", "", ()),
+        ("differences_longer", longer, " with single networks trained for longer", beyond, ("nll",)),
+    ):
+        if some:
+            yield (
+                name,
+                f"Paired differences{whose} over seeds, of RMSE (above) and NLL (below); left of 0 the first of the two is "
+                f"better. {DOTS}, {MEANS}; {n}. No interval is corrected for their number, {6 * len(some)}.{scale}",
+                grid_of(
+                    partial(draw_differences, some, far=far),
+                    0.62 * max(len(some), 3) + 1.2,
+                    {measure: MEASURES[measure] for measure in OF_TRUTH},
+                ),
+            )
+
+
+def _joined_sentences(joined: list[Setting]) -> list[str]:
+    signs = summarise_signs(joined)
+    names = listed([setting.name for setting in joined])
+    lines = [
+        f"{names}, test points {listed(list(REGIONS.values()))}, {_n(*joined).removeprefix('n = ')}: in how many of these "
+        "pairs of setting and region the NLL is lower or higher than another's, by a 95 % interval of the paired difference "
+        "that leaves 0 out."
+    ]
+    for ours, pairs in signs.groupby("ours", sort=False):
+        total = pairs.groupby("other", sort=False)[["settings", "lower", "higher"]].sum()
+        words = [
+            f"less the {other}, lower in {lower} and higher in {higher} of {count}"
+            for other, count, lower, higher in total.itertuples()
+        ]
+        lines.append(f"NLL of the {ours}: {'; '.join(words)}.")
+    return lines
+
+
+def _joined_tables(joined: list[Setting]) -> str:
+    """Return in Markdown the excess NLL of each method, and where each comparison shows a difference."""
+    excess = "Excess NLL in nats, that over the true distribution's on the same points: mean and 95 % interval by Student's t."
+    tables = [excess, markdown(summarise_excess(joined))]
+    rows = []
+    for (ours, other), pairs in summarise_signs(joined).groupby(["ours", "other"], sort=False):
+        counts = zip(*(pairs[name] for name in ("region", "settings", "lower", "higher")), strict=True)
+        row = {"difference": f"{ours} {MINUS} {other}"}
+        rows.append(row | {name: f"of {n}: {lower} lower, {higher} higher" for name, n, lower, higher in counts})
+    if rows:
+        signs = "Settings in which the 95 % interval of the paired difference of NLL is below 0, and above 0; not corrected."
+        tables += [signs, markdown(pd.DataFrame(rows))]
+    return "\n\n".join(tables)
+
+
+def _joined_figure(joined: list[Setting]) -> Figures:
+    arms, heights = [arm for setting in joined for arm in setting.arms], [len(setting.arms) for setting in joined]
+    figure = new_figure(TEXT_WIDTH, 0.19 * sum(heights) + 0.2 * len(joined) + 0.6)
+    axes = figure.subplots(len(joined), 3, sharex="col", sharey="row", gridspec_kw={"height_ratios": heights})
+    for row, setting in zip(axes, joined, strict=True):
+        for ax, (split, region) in zip(row, REGIONS.items(), strict=True):
+            draw_measure(setting.arms, ax, split=split, measure="excess", among=arms)
+            if setting is joined[0]:
+                ax.set_title(region)
+            if setting is not joined[-1]:
+                ax.tick_params(axis="x", which="both", length=0)
+        row[0].set_ylabel(setting.name)
+    for ax in axes[-1]:
+        ax.set_xlabel(EXCESS.label)
+    yield (
+        f"{ALL}/nll",
+        "Excess NLL, that over the true distribution's on the same points, in every setting (a row of panels) and region (a "
+        f"column). {DOTS}, {MEANS}; {_n(*joined)}. Less is better; each column has its own axis{_cut(arms)}. "
+        f"{_described(joined)}.",
+        figure,
+    )

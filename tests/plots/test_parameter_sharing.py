@@ -219,7 +219,16 @@ def test_what_has_no_members_or_curves_draws_none(tmp_path: Path) -> None:
     write(tmp_path, 0.7, 100, regime="within", curves=False)
     with figure.style():
         names = [name.partition("/")[2] for name, _, _ in ps.figures(read(tmp_path))]
-    assert names == ["scheme", "parameters", "cost", "degree", "calibration", "throughput", "differences_within", "members"]
+    assert names == [
+        "scheme",
+        "parameters",
+        "cost",
+        "degree",
+        "calibration",
+        "throughput",
+        "differences_within",
+        "members",
+    ]
 
 
 def test_time_is_of_one_device(tmp_path: Path) -> None:

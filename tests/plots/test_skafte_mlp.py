@@ -17,10 +17,13 @@ from plots import figure
 from plots import skafte_mlp as sk
 from plots.__main__ import experiments
 from plots.reading import usable_results
+from plots.statistics import difference
 from scripts.skafte_mlp import CURVE, Config
 
 ROOT = Path(__file__).parents[2]
 X = np.linspace(0, 10, 5)
+MINUS, STEPS = "\N{MINUS SIGN}", "5 \N{MULTIPLICATION SIGN} steps"
+METHODS = ["single network", f"single network, {STEPS}", "deep ensemble", "BatchEnsemble"]
 
 
 def cells(**values: object) -> dict[str, str]:
@@ -37,7 +40,7 @@ def write(folder: Path, nll: float, **fields: object) -> Path:
         "parameters": 100, "device_name": "cpu", "number_format": "float32", "torch": "2", "data_source": "here", "commit": "",
         "dirty": "", "finished": "2026-01-01T00:00:00+00:00",
     }  # fmt: skip
-    members = [*range(config.ensemble_size), None]
+    members = [*range(1 if config.method == "single" else config.ensemble_size), None]
     rows: list[dict[str, object]] = []
     for more, split in enumerate(sk.REGIONS):
         for member in members:
@@ -59,11 +62,13 @@ def write(folder: Path, nll: float, **fields: object) -> Path:
 
 @pytest.fixture
 def results(tmp_path: Path) -> Path:
-    """Every method in both regimes, four seeds of one setting; the single network also of another."""
+    """Every method in both regimes, four seeds of one setting; two single networks also of another."""
     for seed, up in enumerate((0.0, 0.1, 0.3, 0.2)):
-        write(tmp_path, 2.0 + up, method="single", seed=seed)
-        write(tmp_path, 3.0 + up, method="single", seed=seed, variance="constant")
+        for name in ("repeat", "split"):
+            write(tmp_path, 3.0 + up, method="single", regime=name, seed=seed, variance="constant")
         for regime, lower in (("repeat", 0.1), ("split", 0.2)):
+            write(tmp_path, 2.1 + up - lower, method="single", regime=regime, seed=seed)
+            write(tmp_path, 2.2 + 3 * up, method="single", regime=regime, seed=seed, epochs=1250)
             write(tmp_path, 2.0 + up - lower, method="deep_ensemble", regime=regime, seed=seed)
             write(tmp_path, 2.0 + 2 * up - lower, method="batchensemble", regime=regime, seed=seed)
     return tmp_path
@@ -87,12 +92,29 @@ def test_settings_hold_the_methods_in_order_and_separate_what_differs(results: P
     write(results, 2.0, method="single", learning_rate=0.01)
     found = {setting.name: [arm.label for arm in setting.arms] for setting in sk.settings(read(results))}
     assert found == {
-        "dtu-constant": ["single network"],
+        "dtu-constant": ["single network, repeat", "single network, split"],
         "dtu-predicted-learning_rate_0.003": [
-            "single network", "deep ensemble, repeat", "deep ensemble, split", "BatchEnsemble, repeat",
-            "BatchEnsemble, split",
+            f"{label}, {regime}" for label in METHODS for regime in ("repeat", "split")
         ],
-        "dtu-predicted-learning_rate_0.01": ["single network"],
+        "dtu-predicted-learning_rate_0.01": ["single network, split"],
+    }
+
+
+def test_a_single_network_trained_for_a_multiple_of_the_steps_belongs_and_for_another_number_does_not(
+    tmp_path: Path,
+) -> None:
+    write(tmp_path, 2.0, epochs=100)
+    for epochs in (100, 150, 300, 450):
+        write(tmp_path, 2.0, method="single", epochs=epochs)
+    found = {setting.name: [arm.label for arm in setting.arms] for setting in sk.settings(read(tmp_path))}
+    assert found == {
+        "dtu-predicted-epochs_100": [
+            "single network, split", "single network, 3 \N{MULTIPLICATION SIGN} steps, split", "BatchEnsemble, split",
+        ],
+        "dtu-predicted-epochs_150": [
+            "single network, split", "single network, 2 \N{MULTIPLICATION SIGN} steps, split",
+            "single network, 3 \N{MULTIPLICATION SIGN} steps, split",
+        ],
     }  # fmt: skip
 
 
@@ -106,29 +128,50 @@ def test_members_are_named_only_where_they_differ(results: Path) -> None:
     ]  # fmt: skip
 
 
-def test_comparisons_are_in_one_regime_and_less_the_single_network(results: Path) -> None:
+def test_comparisons_are_in_one_regime_less_both_single_networks_and_the_deep_ensemble(results: Path) -> None:
     setting = sk.settings(read(results))[1]
-    minus = "\n\N{MINUS SIGN} "
-    assert [label for label, _, _ in sk.comparisons(setting.arms)] == [
-        f"deep ensemble, repeat{minus}single network", f"deep ensemble, split{minus}single network",
-        f"BatchEnsemble, repeat{minus}single network", f"BatchEnsemble, split{minus}single network",
-        f"BatchEnsemble, repeat{minus}deep ensemble, repeat", f"BatchEnsemble, split{minus}deep ensemble, split",
-    ]  # fmt: skip
+    single, longer, deep, shared = METHODS
+    minus = f"\n{MINUS} "
+    expected = [f"{single}, split{minus}{single}, repeat"]
+    for regime in ("repeat", "split"):
+        expected += [f"{ours}, {regime}{minus}{single}, {regime}" for ours in (longer, deep, shared)]
+        expected += [f"{ours}, {regime}{minus}{longer}, {regime}" for ours in (deep, shared)]
+        expected.append(f"{shared}, {regime}{minus}{deep}, {regime}")
+    assert sorted(label for label, _, _ in sk.comparisons(setting.arms)) == sorted(expected)
+
+
+def test_a_longer_single_network_is_compared_with_only_as_many_members_as_it_has_times_the_steps(
+    tmp_path: Path,
+) -> None:
+    for size in (5, 10):
+        for method in ("single", "batchensemble"):
+            write(tmp_path, 2.0, method=method, ensemble_size=size)
+        write(tmp_path, 2.0, method="single", ensemble_size=size, epochs=1250)
+    (setting,) = sk.settings(read(tmp_path))
+    minus = f"\n{MINUS} single network, "
+    times = f"{STEPS}, split, ensemble_size "
+    assert {label for label, _, _ in sk.comparisons(setting.arms)} == {
+        f"single network, {times}5{minus}split, ensemble_size 5",
+        f"single network, {times}10{minus}split, ensemble_size 10",
+        f"BatchEnsemble, split, ensemble_size 5{minus}split, ensemble_size 5",
+        f"BatchEnsemble, split, ensemble_size 5{minus}{times}5",
+        f"BatchEnsemble, split, ensemble_size 10{minus}split, ensemble_size 10",
+    }
 
 
 def test_a_paired_difference_and_its_interval_are_those_of_scipy(results: Path) -> None:
     setting = sk.settings(read(results))[1]
-    single, ours = setting.arms[0], setting.arms[3]
+    arms = {arm.label: arm for arm in setting.arms}
+    single, ours = arms["single network, repeat"], arms["BatchEnsemble, repeat"]
     each = np.array([0.0, 0.1, 0.3, 0.2]) - 0.1
     for split in sk.REGIONS:
-        found = sk.difference(ours, single, split, "nll")
+        found = difference(sk.of_region(ours, split), sk.of_region(single, split), "nll")
         interval = stats.ttest_1samp(each, 0).confidence_interval(0.95)
         assert (found.mean - found.half, found.mean + found.half) == pytest.approx(tuple(interval))
         assert found.pairs == 4 and not found.shown
-        assert sk.difference(ours, single, split, "rmse").mean == pytest.approx(2 * each.mean())
     table = sk.summarise_differences(setting)
-    row = table[(table["difference"] == "BatchEnsemble, repeat \N{MINUS SIGN} single network")].iloc[1]
-    assert row["of"] == "NLL (nats)" and row["inside"].startswith("+0.050 (\N{MINUS SIGN}0.15")
+    row = table[(table["difference"] == f"BatchEnsemble, repeat {MINUS} single network, repeat")].iloc[1]
+    assert row["of"] == "NLL (nats)" and row["inside"].startswith(f"+0.050 ({MINUS}0.15")
 
 
 def test_two_seeds_state_no_interval(tmp_path: Path) -> None:
@@ -136,32 +179,98 @@ def test_two_seeds_state_no_interval(tmp_path: Path) -> None:
         write(tmp_path, 2.0 + seed, method="single", seed=seed)
         write(tmp_path, 1.0, seed=seed)
     (setting,) = sk.settings(read(tmp_path))
-    found = sk.difference(setting.arms[1], setting.arms[0], "test", "nll")
+    ours, single = (sk.of_region(arm, "test") for arm in (setting.arms[1], setting.arms[0]))
+    found = difference(ours, single, "nll")
     assert found.pairs == 2 and np.isnan(found.half) and not found.shown
-    assert sk.summarise_differences(setting)["inside"].tolist() == ["\N{MINUS SIGN}3.000", "\N{MINUS SIGN}1.500"]
+    assert sk.summarise_differences(setting)["inside"].tolist() == [f"{MINUS}3.000", f"{MINUS}1.500"]
+
+
+def test_what_has_no_seed_in_common_is_not_compared(tmp_path: Path) -> None:
+    write(tmp_path, 2.0, method="single", seed=1)
+    write(tmp_path, 1.0, seed=2)
+    (setting,) = sk.settings(read(tmp_path))
+    assert len(setting.arms) == 2 and sk.comparisons(setting.arms) == []
 
 
 def test_the_table_holds_every_region_and_what_the_truth_scores(results: Path) -> None:
     table = sk.summarise_arms(sk.settings(read(results))[1])
-    assert len(table) == 3 * (5 + 1)
+    assert len(table) == 3 * (2 * len(METHODS) + 1)
     gap = table[table["test points"] == "in the gap"].set_index("method")
-    assert gap.loc["single network", "NLL (nats)"] == "3.150 ± 0.129"
-    assert gap.loc["single network", "coverage of 90 % (%)"] == "80.0 ± 0.0"
+    assert gap.loc["single network, repeat", "NLL (nats)"] == "3.150 ± 0.129"
+    assert gap.loc["single network, repeat", "coverage of 90 % (%)"] == "80.0 ± 0.0"
     assert gap.loc["the true distribution", "NLL (nats)"] == "0.500 ± 0.000"
-    assert gap.loc["single network", "spread of members' means (units of y)"] == ""
+    assert gap.loc["single network, repeat", "spread of members' means (units of y)"] == ""
+
+
+def test_how_far_each_method_is_from_the_truth_and_where_a_difference_is_shown_join_the_settings(
+    tmp_path: Path,
+) -> None:
+    for seed, up in enumerate((0.0, 0.1, 0.3, 0.2)):
+        for variance, more in (("constant", 1.0), ("predicted", -1.0)):
+            write(tmp_path, 2.0 + up, method="single", variance=variance, seed=seed)
+            write(tmp_path, 2.01 + 1.1 * up + more, variance=variance, seed=seed)
+    joined = sk.settings(read(tmp_path))
+    table = sk.summarise_excess(joined)
+    assert list(table.columns) == ["test points", "method", "dtu-constant", "dtu-predicted"] and len(table) == 3 * 2
+    mean, (low, high) = 1.65, stats.ttest_1samp(1.5 + np.array([0.0, 0.1, 0.3, 0.2]), 0).confidence_interval(0.95)
+    assert table.iloc[0].tolist()[:3] == ["inside", "single network, split", f"{mean:.3f} ({low:.3f} to {high:.3f})"]
+    signs = sk.summarise_signs(joined)
+    assert signs[["settings", "lower", "higher"]].to_numpy().tolist() == [[2, 1, 1]] * 3
+    found = sk.findings(read(tmp_path))
+    assert list(found) == ["all", "dtu-constant", "dtu-predicted"]
+    assert found["all"].sentences[1] == (
+        "NLL of the BatchEnsemble, split: less the single network, split, lower in 3 and higher in 3 of 6."
+    )
+    assert "of 2: 1 lower, 1 higher" in found["all"].table and "Drawn from 16 runs" in found["all"].provenance
 
 
 def test_every_seed_is_drawn_and_n_is_in_every_caption(results: Path) -> None:
     with figure.style():
         drawn = {name: (caption, drawing) for name, caption, drawing in sk.figures(read(results))}
-    assert {f"dtu-predicted/{name}" for name in ("predictions", "measures", "coverage", "differences")} <= set(drawn)
+    names = ("predictions", "measures", "coverage", "differences", "differences_longer")
+    assert {"all/nll", *(f"dtu-predicted/{name}" for name in names)} <= set(drawn)
     for name, (caption, _) in drawn.items():
         assert ("n = 1" if name.endswith("predictions") else "n = 4 seeds") in caption
-        assert "Setting: generator dtu, 50 training points" in caption
-    ax = drawn["dtu-predicted/measures"][1].axes[3]  # NLL inside
+        assert "Setting" in caption and "50 training points" in caption
+    ax = drawn["dtu-predicted/measures"][1].axes[3]  # excess NLL inside
+    assert ax.get_xscale() == "log"
     dots = [line for line in ax.lines if len(line.get_xdata()) == 4]
-    assert len(dots) == 5
-    assert sorted(dots[0].get_xdata()) == pytest.approx([2.0, 2.1, 2.2, 2.3])
+    assert len(dots) == 2 * len(METHODS)
+    assert sorted(dots[0].get_xdata()) == pytest.approx([1.5, 1.6, 1.7, 1.8])
+    assert {line.get_markerfacecolor() == "white" for line in dots[::2]} == {True}  # repeat
+    assert {line.get_markerfacecolor() == "white" for line in dots[1::2]} == {False}
+    panels = drawn["all/nll"][1].axes
+    assert [len([line for line in ax.lines if len(line.get_xdata()) == 4]) for ax in panels] == [2] * 3 + [8] * 3
+    for ax in panels:  # no dot is cut
+        low, high = ax.get_xlim()
+        assert all(low < x < high for line in ax.lines if len(line.get_xdata()) == 4 for x in line.get_xdata())
+
+
+def test_an_excess_that_is_not_positive_everywhere_has_no_logarithmic_axis(tmp_path: Path) -> None:
+    for seed in range(3):
+        write(tmp_path, 0.4 + 0.1 * seed, seed=seed)
+        write(tmp_path, 2.0 + 0.1 * seed, seed=seed, variance="constant")
+    with figure.style():
+        drawn = {name: (caption, drawing) for name, caption, drawing in sk.figures(read(tmp_path))}
+    caption, drawing = drawn["dtu-predicted/measures"]
+    assert "logarithmic" not in caption and drawing.axes[3].get_xscale() == "linear"
+    assert "logarithmic" in drawn["dtu-constant/measures"][0]
+    caption, drawing = drawn["all/nll"]
+    assert "logarithmic" not in caption
+    for ax in drawing.axes:
+        assert ax.get_xscale() == "linear" and ax.get_xlim()[0] < min(line.get_xdata().min() for line in ax.lines)
+
+
+def test_a_difference_of_more_than_ten_has_an_axis_on_which_small_ones_are_seen_too(results: Path) -> None:
+    write(results, 2000.0, method="single", regime="split", seed=4, epochs=1250)
+    write(results, 2.0, seed=4)
+    setting = sk.settings(read(results))[1]
+    pairs = [pair for pair in sk.comparisons(setting.arms) if pair[2].label == f"single network, {STEPS}, split"]
+    with figure.style():
+        for far, scale in (((), "linear"), (("rmse",), "linear"), (("nll",), "symlog")):
+            ax = figure.new_figure(3, 2).add_subplot()
+            sk.draw_differences(pairs, ax, split="test", measure="nll", far=far)
+            assert ax.get_xscale() == scale and ax.get_xlim()[0] < -1998
 
 
 def test_predictions_show_each_member_the_band_the_points_and_the_gap(results: Path) -> None:
@@ -201,7 +310,7 @@ def test_the_command_draws_what_is_there_and_names_what_is_not(tmp_path: Path) -
     assert {path.name for path in folder.iterdir()} == {
         "README.md", *(f"{name}.{kind}" for name in ("measures", "coverage") for kind in ("png", "pdf")),
     }  # fmt: skip
-    assert "| inside | single network | 1 | 4.000 | 2.000 |" in (folder / "README.md").read_text()
+    assert "| inside | single network, split | 1 | 4.000 | 2.000 |" in (folder / "README.md").read_text()
 
 
 def test_it_is_an_experiment_and_imports_no_torch() -> None:

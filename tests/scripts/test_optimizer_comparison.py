@@ -9,29 +9,9 @@ import pytest
 from batchens.files import ROOT
 from batchens.grid import run_id
 from batchens.results import damage
-from batchens.run import Folders, Run, command_line
+from batchens.run import Folders, Run
 from scripts import optimizer_comparison
-from scripts.optimizer_comparison import GRIDS, Config, main
-
-
-@pytest.fixture(autouse=True)
-def digits(digits_folder, monkeypatch):
-    monkeypatch.setenv("BATCHENS_DATA", str(digits_folder))
-
-
-@pytest.fixture
-def command(monkeypatch, capsys):
-    """The script's command line in this process: (exit code, what it said on stderr)."""
-
-    def run(*arguments):
-        monkeypatch.setattr(sys, "argv", ["optimizer_comparison", *map(str, arguments)])
-        try:
-            code = command_line("optimizer_comparison", Config, main, optimizer_comparison.__doc__)
-        except SystemExit as stop:
-            code = stop.code
-        return code, capsys.readouterr().err
-
-    return run
+from scripts.optimizer_comparison import GRIDS, Config
 
 
 def test_a_field_that_a_method_or_optimizer_has_no_use_for_makes_no_other_run():

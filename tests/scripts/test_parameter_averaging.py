@@ -12,33 +12,13 @@ from batchens import optimizers
 from batchens.files import ROOT
 from batchens.grid import run_id
 from batchens.results import METRICS, damage, differences
-from batchens.run import Cancelled, Folders, Run, command_line
+from batchens.run import Cancelled, Folders, Run
 from scripts import parameter_averaging
 from scripts.parameter_averaging import GRIDS, STARTS, TRAINED, Config, main
 
 SMALL = {"hidden_size": 16, "epochs": 2, "batch_size": 128, "ensemble_size": 2, "threads": 1, "device": "cpu"}
 OPTIONS = [word for name, value in SMALL.items() for word in (f"--{name.replace('_', '-')}", str(value))]
 METHODS = ("single", "deep_ensemble", "naive_average", "weight_matching", *TRAINED)
-
-
-@pytest.fixture(autouse=True)
-def digits(digits_folder, monkeypatch):
-    monkeypatch.setenv("BATCHENS_DATA", str(digits_folder))
-
-
-@pytest.fixture
-def command(monkeypatch, capsys):
-    """The script's command line in this process: (exit code, what it said on stderr)."""
-
-    def run(*arguments):
-        monkeypatch.setattr(sys, "argv", ["parameter_averaging", *map(str, arguments)])
-        try:
-            code = command_line("parameter_averaging", Config, main, parameter_averaging.__doc__)
-        except SystemExit as stop:
-            code = stop.code
-        return code, capsys.readouterr().err
-
-    return run
 
 
 def rows_of(path):

@@ -13,29 +13,8 @@ import pytest
 from batchens.files import ROOT
 from batchens.grid import run_id
 from batchens.results import METRICS, damage, differences
-from batchens.run import Folders, Run, command_line
-from scripts import parameter_testing
+from batchens.run import Folders, Run
 from scripts.parameter_testing import GRIDS, SIGNED, Config, main
-
-
-@pytest.fixture(autouse=True)
-def digits(digits_folder, monkeypatch):
-    monkeypatch.setenv("BATCHENS_DATA", str(digits_folder))
-
-
-@pytest.fixture
-def command(monkeypatch, capsys):
-    """The script's command line in this process: (exit code, what it said on stderr)."""
-
-    def run(*arguments):
-        monkeypatch.setattr(sys, "argv", ["parameter_testing", *map(str, arguments)])
-        try:
-            code = command_line("parameter_testing", Config, main, parameter_testing.__doc__)
-        except SystemExit as stop:
-            code = stop.code
-        return code, capsys.readouterr().err
-
-    return run
 
 
 def results(tmp_path):

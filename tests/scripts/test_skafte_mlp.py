@@ -38,7 +38,10 @@ def numbers(row, name):
 
 
 def test_a_field_that_a_method_has_no_use_for_makes_no_other_run():
-    assert Config(method="single", ensemble_size=8, alpha_init=1, regime="split") == Config(method="single")
+    whole = Config(method="single", regime="repeat")
+    assert Config(method="single", regime="repeat", ensemble_size=8, alpha_init=1) == whole
+    assert Config(method="single", ensemble_size=10, gamma_init=1) == Config(method="single", ensemble_size=10)
+    assert len({whole, Config(method="single"), Config(method="single", ensemble_size=10)}) == 3  # by the share it sees
     assert Config(method="deep_ensemble", gamma_init=-1) == Config(method="deep_ensemble")
     assert Config(variance="constant", mean_first=0.2) == Config(variance="constant")
     assert Config(mean_first=0.2) != Config()
@@ -58,11 +61,24 @@ def test_every_field_changes_the_id_except_the_number_of_threads():
 
 
 def test_grids_have_every_method_regime_generator_and_variance_at_each_seed():
+    base = Config()
     for name, seeds in (("demo", 3), ("full", 20)):
         ids = [run_id(config) for config in GRIDS[name]]
-        assert len(set(ids)) == len(ids) == 2 * 2 * (1 + 2 + 2) * seeds
+        assert len(set(ids)) == len(ids) == 2 * 2 * (2 + 2 + 2 + 2) * seeds
+        longer = [config for config in GRIDS[name] if config.epochs != base.epochs]
+        assert {(config.method, config.epochs) for config in longer} == {("single", base.ensemble_size * base.epochs)}
+        assert len(longer) == 2 * 2 * 2 * seeds
         assert set(Counter(replace(config, seed=0) for config in GRIDS[name]).values()) == {seeds}
     assert {run_id(config) for config in GRIDS["demo"]} <= {run_id(config) for config in GRIDS["full"]}
+
+
+def test_what_was_run_before_there_were_longer_and_small_batch_single_networks_has_its_names_still():
+    ids = {run_id(config) for config in GRIDS["full"]}
+    assert {
+        "dtu-single-repeat-predicted-m1-s0-ebdda16d",
+        "john-batchensemble-split-constant-m5-a0.5-g0.5-s19-e034099e",
+        "dtu-deep_ensemble-repeat-predicted-m5-s7-bacef438",
+    } <= ids
 
 
 def test_the_script_imports_no_torch():
@@ -98,7 +114,13 @@ def test_what_is_not_possible_is_said_and_nothing_is_trained(arguments, message,
 @pytest.mark.parametrize("variance", ["constant", "predicted"])
 @pytest.mark.parametrize(
     ("method", "regime"),
-    [("single", "repeat"), ("batchensemble", "split"), ("batchensemble", "repeat"), ("deep_ensemble", "split")],
+    [
+        ("single", "repeat"),
+        ("single", "split"),
+        ("batchensemble", "split"),
+        ("batchensemble", "repeat"),
+        ("deep_ensemble", "split"),
+    ],
 )
 def test_a_result_has_every_split_and_member_and_a_second_run_is_equal(method, regime, variance, tmp_path):
     config = replace(SHORT, method=method, regime=regime, variance=variance)
@@ -128,6 +150,18 @@ def test_a_result_has_every_split_and_member_and_a_second_run_is_equal(method, r
     assert differences(rows, rows_of(again)) == dict.fromkeys(REGRESSION_METRICS, 0.0)
     assert [find(rows_of(again), "curve")[name] for name in CURVE] == [find(rows, "curve")[name] for name in CURVE]
     assert not list(Run("skafte_mlp", config, Folders()).folder.iterdir())
+
+
+@pytest.mark.parametrize("regime", ["repeat", "split"])
+def test_a_single_network_sees_in_each_step_what_the_first_network_of_a_deep_ensemble_sees(regime):
+    single, deep = (
+        rows_of(main(replace(SHORT, method=m, regime=regime), Folders())) for m in ("single", "deep_ensemble")
+    )
+    for split in TESTS:
+        for name in ("rmse", "nll"):
+            first, second = (float(find(deep, split, member)[name]) for member in (0, 1))
+            assert float(find(single, split)[name]) == pytest.approx(first, rel=1e-3)
+            assert first != pytest.approx(second, rel=1e-3)
 
 
 def test_what_is_measured_of_the_truth_is_what_the_generator_says():
