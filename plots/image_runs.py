@@ -175,15 +175,6 @@ def interval_in_words(found: Difference, decimals: int) -> str:
     return ends.replace("-", MINUS)
 
 
-def difference_in_words(found: Difference, measure: str) -> str:
-    """Return `+0.11 (-0.12 to +0.34)`; of fewer than three pairs no interval is known, and none is stated."""
-    if not found.pairs:
-        return "no seed in common"
-    decimals = MEASURES[measure].decimals
-    ends = f" ({interval_in_words(found, decimals)})" if np.isfinite(found.half) else ""
-    return f"{found.mean:+.{decimals}f}".replace("-", MINUS) + ends
-
-
 def provenance(runs: pd.DataFrame, description: str) -> str:
     """Return from how many runs, made where and by what, a setting's figures are drawn."""
     facts = [
@@ -195,6 +186,15 @@ def provenance(runs: pd.DataFrame, description: str) -> str:
     if (runs["dirty"].astype(str) == "True").any():
         facts.append("some runs were made with changes that were not committed")
     return f"Drawn from {runs['run_id'].nunique()} runs. Setting: {description}. {'; '.join(facts)}."
+
+
+def difference_in_words(found: Difference, measure: str) -> str:
+    """Return `+0.12 (-0.10 to +0.34)`, to the decimals of the measure; of fewer than 3 pairs no interval is known."""
+    if not found.pairs:
+        return "no seed in common"
+    decimals = MEASURES[measure].decimals
+    ends = f" ({interval_in_words(found, decimals)})" if np.isfinite(found.half) else ""
+    return f"{found.mean:+.{decimals}f}".replace("-", MINUS) + ends
 
 
 # --- from numbers to pictures -----------------------------------------------------------------------------------------
