@@ -258,7 +258,7 @@ def command_line(experiment: str, config_type: type[Any], main: Callable[[Any, F
     """Run a script from its command line: the fields of its Config and the three folders as options; return the exit code.
 
     0: done, or done before. 1: the run failed. 2: nothing was trained, because something asked for is not possible. 130:
-    stopped by Ctrl-C; the same command goes on.
+    stopped by Ctrl-C; the same command goes on. 141: nobody reads what it prints any more.
     """
     import tyro
 
@@ -279,6 +279,9 @@ def guarded(work: Callable[[], Any]) -> int:
         return 130
     except (ValueError, InUse, DataError) as error:
         return _say(2, error)
+    except BrokenPipeError:  # whoever read our output, such as `head`, has enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + 13  # as if SIGPIPE had ended it
     except OSError as error:
         where = f" ({error.filename})" if error.filename else ""
         full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)

@@ -1,6 +1,7 @@
 import errno
 import json
 import os
+import shlex
 import signal
 import socket
 import subprocess
@@ -294,3 +295,10 @@ def test_folders_are_absolute_and_those_given_go_before_those_of_the_environment
 def test_a_claim_that_was_never_finished_reads_as_empty(content, tmp_path):
     (tmp_path / "claim.json").write_text(content)
     assert read_json(tmp_path / "claim.json") == read_json(tmp_path / "absent.json") == {}
+
+
+def test_a_reader_that_has_enough_ends_a_command_quietly():
+    code = "import sys; from batchens.run import guarded; sys.exit(guarded(lambda: [print('x' * 999) for _ in range(999)]))"
+    command = f"{sys.executable} -c {shlex.quote(code)} | head -1; echo ${{PIPESTATUS[0]}}"
+    ran = subprocess.run(["bash", "-c", command], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert ran.stdout.split() == ["x" * 999, "141"] and ran.stderr == ""
