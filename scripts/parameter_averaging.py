@@ -181,7 +181,7 @@ def digest_of(files: Sequence[Path]) -> str:
 
 
 def study(base: Config, sizes: Sequence[int], seeds: range, temperatures: Sequence[float] = (0.1,)) -> list[Config]:
-    """Return every method on the same networks, those of few first; else a method's settings are its defaults."""
+    """Return every method on the same networks, those of few and of one seed first; its other settings are defaults."""
     base = replace(base, method="single", ensemble_size=1)
 
     def of(**axes: Any) -> list[Config]:
@@ -198,7 +198,7 @@ def study(base: Config, sizes: Sequence[int], seeds: range, temperatures: Sequen
             *of(method=["permavg"], temperature=temperatures),
         ]
     )
-    return sorted(every, key=lambda config: config.ensemble_size)
+    return sorted(every, key=lambda config: (config.ensemble_size, config.seed))
 
 
 DIGITS = Config(method="single", hidden_size=64, epochs=10, batch_size=64)
@@ -217,7 +217,8 @@ GRIDS = {
         seed=range(2),
     ),
     "demo": study(DIGITS, (2, 4), range(3), (0.1, 1.0)),
-    # the thesis' setting
+    # the thesis' setting: its three networks, and other numbers of them
+    "thesis": study(FASHION, (3,), range(5), (0.1, 1.0)),
     "fashion_mnist": study(FASHION, (2, 3, 5, 8), range(5), (0.1, 1.0)),
     "deeper": unique([config for depth in (2, 3) for config in study(replace(FASHION, depth=depth), (2, 3), range(3))]),
     "cnn": study(CNN, (2, 3), range(3)),
