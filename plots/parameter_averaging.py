@@ -1,0 +1,1114 @@
+"""Figures of parameter averaging: can several networks become one that is better than each, and what does it take?
+
+A *setting* is everything that the experiment does not vary on purpose: data, architecture, how the networks were trained, or
+which files they are from. Each setting has figures of its own. Its *arms* are the ways to make something of M networks, the
+forms of PermAVG each an arm of its own. An arm's runs may differ in more (temperature, what matching is with, extra epochs and
+their learning rate): where one line stands for an arm, and where methods are compared, it is the configuration that is best on
+validation (`image_runs.choose`), for PermAVG and for what it is compared with alike, at equal extra epochs.
+
+Some runs are measured in a second *form*: PermAVG with a permutation in the place of each matrix (projected), and averages
+whose BatchNorm statistics are averages too (stale). A form is never chosen and never compared as if it were the method.
+"""
+
+from collections.abc import Collection, Iterable, Sequence
+from textwrap import fill
+from typing import Any, NamedTuple
+
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import LogNorm, Normalize, SymLogNorm
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import FuncFormatter, MaxNLocator
+
+from batchens import results
+from plots.figure import (
+    DASHED,
+    LOOKS,
+    MEASURES,
+    MINUS,
+    TEXT_WIDTH,
+    TIMES,
+    Figures,
+    Finding,
+    Look,
+    Measure,
+    counted,
+    listed,
+    markdown,
+    new_figure,
+    number,
+    with_spread,
+)
+from plots.image_runs import (
+    GREY,
+    INK,
+    ON_VALIDATION,
+    RELIABILITY,
+    Setting,
+    choose,
+    curves_of,
+    difference_in_words,
+    draw_curves,
+    draw_strip,
+    label_rows,
+    logarithmic,
+    provenance,
+    reliability_diagrams,
+    setting_names,
+    summarise_reliability,
+)
+from plots.reading import FACTS
+from plots.statistics import Difference, difference, interval_of
+
+SETTING = [
+    "dataset", "model", "depth", "hidden_size", "batchnorm", "optimizer", "learning_rate", "weight_decay", "momentum", "epochs",
+    "warmup_epochs", "batch_size", "augment", "precision", "base_digest",
+]  # fmt: skip
+VARIED = [
+    "method", "ensemble_size", "matching", "start", "temperature", "extra_epochs", "extra_learning_rate", "seed",
+]  # fmt: skip
+CONFIG = [*SETTING, *VARIED]
+COSTS = ("parameters_trained", "seconds_base", "seconds_matching", "inference_images_per_second")  # of a run
+MATRIX = ("layer", "size", "diagonal", "row_max", "unique_argmax", "row_error")
+METRICS = (*results.METRICS, *COSTS, *MATRIX, "barrier")
+
+CELL = ["arm", "ensemble_size", "matching", "temperature", "extra_epochs", "extra_learning_rate"]
+FORMS = {"": "", "_projected": ", projected", "_stale": ", stale BatchNorm"}
+ARMS = {
+    "single": LOOKS["single"]._replace(label="best single network"),
+    "deep_ensemble": LOOKS["deep_ensemble"]._replace(line=DASHED),
+    "naive_average": Look("naive average", "#7f7f7f", "p", (0, (1, 1))),
+    "matching_mean": Look("weight matching to mean", "#0072B2", "^"),
+    "matching_first": Look("weight matching to first", "#56B4E9", "v", (0, (5, 1, 1, 1))),
+    "permavg": Look("PermAVG", "#009E73", "P"),
+    "permavg_matched": Look("PermAVG from matched", "#00503A", "D", (0, (3, 1))),
+    "thesis": Look("PermAVG as in the thesis", "#8FBC3F", "X", (0, (5, 1, 1, 1))),
+    "distillation": Look("distillation", "#E69F00", "d"),
+    "fine_tuned_single": Look("fine-tuned best single", "#CC79A7", "8", (0, (3, 1))),
+    "fine_tuned_average": Look("fine-tuned average", "#56B4E9", "<", (0, (5, 1, 1, 1))),
+    "fine_tuned_matched": Look("fine-tuned matched average", "#0072B2", ">"),
+    "mixing": Look("free mixing", "#B08FCB", "h", (0, (1, 1))),
+    "mixing_matched": Look("free mixing from matched", "#6A3D7C", "H", (0, (5, 1, 1, 1, 1, 1))),
+}
+REFERENCES = ("single", "deep_ensemble")
+UNTRAINED = ("naive_average", "matching_mean", "matching_first")
+PERMAVG = ("permavg", "permavg_matched", "thesis")
+CONTROLS = tuple(arm for arm in ARMS if arm not in (*REFERENCES, *UNTRAINED, *PERMAVG))
+# what PermAVG must be compared with, by the name of the method
+OTHERS = {
+    "single": "best single network",
+    "deep_ensemble": "deep ensemble",
+    "distillation": "distillation",
+    "naive_average": "naive average",
+    "weight_matching": "weight matching",
+    "fine_tuned_single": "fine-tuned best single",
+    "fine_tuned_average": "fine-tuned average",
+    "mixing": "free mixing",
+}
+THESIS_SIZE = 3
+COMPARED = ("test_accuracy", "test_nll")
+OWN = {
+    "total_seconds": Measure("training time, of the networks and after", "s", 1),
+    "inference_images_per_second": Measure("images per second in inference", "", 0, True),
+}
+RATIO = Measure("", "", 2)
+DOTS = "Dots are seeds, diamonds their mean with its 95 % interval by Student's t"
+LEAVING = 3  # an axis is at most so many times as long as the nearer half of its rows needs; others are at its edge
+AT_THE_EDGE = "what lies far from the rest is written at the edge, mean ± standard deviation"
+
+
+# --- from rows to numbers ---------------------------------------------------------------------------------------------
+
+
+def summarise_runs(df: pd.DataFrame) -> pd.DataFrame:
+    """Return one row a run and form: its configuration, its arm, and its measures after its last epoch; shares in percent.
+
+    `seconds` are of training after the networks', `total_seconds` of all training and matching; the networks' time is that of
+    all M, also of the best single one.
+    """
+    ensemble = df[df["member"].isna()]
+    seconds = df[df["split"] == "train"].drop_duplicates(["run_id", "epoch"]).groupby("run_id")["seconds"].sum()
+    parts = []
+    for form in FORMS:
+        test, validation = (_last(ensemble[ensemble["split"] == split + form]) for split in ("test", "validation"))
+        runs = test[[*CONFIG, *FACTS, *COSTS]].copy()
+        for name in ("accuracy", "nll", "brier", "ece"):
+            runs[f"test_{name}"] = test[name] * (100 if name in ("accuracy", "ece") else 1)
+        runs["validation_accuracy"], runs["validation_nll"] = 100 * validation["accuracy"], validation["nll"]
+        parts.append(runs.assign(form=form))
+    runs = pd.concat(parts).reset_index()
+    for name in ("matching", "start", "base_digest"):
+        runs[name] = runs[name].astype(object).where(runs[name].notna(), "")
+    runs["seconds"] = runs["run_id"].map(seconds).fillna(0.0)
+    runs["total_seconds"] = runs["seconds_base"] + runs["seconds_matching"].fillna(0) + runs["seconds"]
+    runs["arm"] = [_arm(*of) for of in runs[["method", "start", "matching", "temperature"]].itertuples(index=False)]
+    return runs
+
+
+def _last(rows: pd.DataFrame) -> pd.DataFrame:
+    return rows.sort_values("epoch", kind="stable").drop_duplicates("run_id", keep="last").set_index("run_id")
+
+
+def _arm(method: str, start: str, matching: str, temperature: float) -> str:
+    if method == "weight_matching":
+        return f"matching_{matching or 'mean'}"
+    if method == "permavg" and start == "identity" and temperature == 1:
+        return "thesis"
+    matched = {"permavg": "permavg_matched", "mixing": "mixing_matched", "fine_tuned_average": "fine_tuned_matched"}
+    return matched[method] if start == "matching" else method
+
+
+def settings(df: pd.DataFrame) -> list[Setting]:
+    """Return the settings of a results table in which something is made of several networks, by name.
+
+    Their runs have a `label`, which tells a configuration and form from all others of its M.
+    """
+    found = []
+    for _, runs in summarise_runs(df).groupby(SETTING, dropna=False):
+        if (runs["ensemble_size"] == 1).all():
+            continue
+        fields = dict(runs.iloc[0][SETTING])
+        for name in ("depth", "hidden_size"):  # beside models that have none they are no integers
+            fields[name] = int(fields[name]) if pd.notna(fields[name]) else None
+        found.append((fields, _labelled(runs)))
+    short = [fields | {"base_digest": fields["base_digest"][:8] or "none"} for fields, _ in found]
+    names = setting_names(short)
+    return sorted(Setting(name, *item) for name, item in zip(names, found, strict=True))
+
+
+def _labelled(runs: pd.DataFrame) -> pd.DataFrame:
+    """Add `label`: no more of what varies within an arm than it takes to tell its configurations apart; T always."""
+    labels = []
+    told = {
+        "matching": "matched with the",
+        "extra_epochs": "extra epochs",
+        "extra_learning_rate": "extra learning rate",
+    }
+    several = {}
+    for arm, mine in runs.groupby("arm"):
+        known = mine.assign(matching=mine["matching"].where(mine["ensemble_size"] > 2))  # of two, both ways are one
+        several[arm] = [name for name in told if known[name].nunique() > 1]
+    for run in runs.to_dict("records"):
+        arm = run["arm"]
+        words = [ARMS[arm].label]
+        if arm in PERMAVG:
+            form = {"thesis": " (thesis)", "permavg_matched": " from matched"}.get(arm, "")
+            words = [f"PermAVG T = {number(run['temperature'])}{form}"]
+        if arm == "single" and run["ensemble_size"] == 1:
+            words = ["first single network"]
+        for name in several[arm]:
+            words.append(f"{told[name]} {run[name] if name == 'matching' else number(run[name])}")
+        labels.append(", ".join(words) + FORMS[run["form"]])
+    order = {arm: i for i, arm in enumerate(ARMS)}
+    ranks = runs.assign(label=labels, rank=runs["arm"].map(order), part=runs["form"].map(list(FORMS).index))
+    return ranks.sort_values(["ensemble_size", "part", "rank", "label", "seed"]).drop(columns=["rank", "part"])
+
+
+def main_size(setting: Setting) -> int:
+    """Return the number of networks that is looked at more closely: the thesis' 3, else the one of most runs."""
+    several = setting.runs.loc[setting.runs["ensemble_size"] > 1, "ensemble_size"]
+    if (several == THESIS_SIZE).any():
+        return THESIS_SIZE
+    counts = several.value_counts()
+    return int(counts[counts == counts.max()].index.max())
+
+
+class Cell(NamedTuple):
+    """The runs of one configuration in one form, a row each, and what they are called."""
+
+    label: str
+    runs: pd.DataFrame
+
+    @property
+    def arm(self) -> str:
+        return str(self.runs["arm"].iloc[0])
+
+    @property
+    def form(self) -> str:
+        return str(self.runs["form"].iloc[0])
+
+    @property
+    def look(self) -> Look:
+        return ARMS[self.arm]
+
+
+def cells(setting: Setting, size: int) -> list[Cell]:
+    """Return what is made of so many networks, the first of them before all else, forms of their own last."""
+    runs = setting.runs
+    mine = runs[(runs["ensemble_size"] == size) | ((runs["arm"] == "single") & (runs["ensemble_size"] == 1))]
+    return [Cell(str(label), some) for label, some in mine.groupby("label", sort=False)]
+
+
+def best_of_arms(setting: Setting) -> pd.DataFrame:
+    """Return the runs, not in a form of their own, of each arm's best configuration at each M, chosen on validation."""
+    runs = setting.runs
+    return choose(runs[runs["form"] == ""], CELL, ["arm", "ensemble_size"])
+
+
+class Comparison(NamedTuple):
+    """PermAVG of so many networks, and a method that it must be compared with."""
+
+    other: str
+    size: int
+    ours: pd.DataFrame
+    others: pd.DataFrame
+
+    def difference(self, measure: str) -> Difference:
+        return difference(self.ours, self.others, measure)
+
+    @property
+    def look(self) -> Look:
+        return ARMS[str(self.ours["arm"].iloc[0])]
+
+
+def comparisons(setting: Setting, thesis: bool = False) -> list[Comparison]:
+    """Return PermAVG, as it is best on validation or as in the thesis, beside each of OTHERS, by method and M.
+
+    Of a method with several configurations it is the best on validation; of those that train, with as many extra epochs.
+    """
+    made = setting.runs[setting.runs["form"] == ""]
+    found = []
+    for size in sorted(set(made["ensemble_size"])):
+        same = made[made["ensemble_size"] == size]
+        ours = same[(same["arm"] == "thesis") if thesis else (same["method"] == "permavg")]
+        if ours.empty:
+            continue
+        ours = _best(ours)
+        equal = same[same["extra_epochs"].isna() | (same["extra_epochs"] == ours["extra_epochs"].iloc[0])]
+        for method in OTHERS:
+            if len(other := equal[equal["method"] == method]):
+                found.append(Comparison(method, int(size), ours, _best(other)))
+    return sorted(found, key=lambda one: list(OTHERS).index(one.other))
+
+
+def _best(runs: pd.DataFrame) -> pd.DataFrame:
+    """Return the runs of the best configuration on validation of these, which are of one M."""
+    if len(runs[CELL].drop_duplicates()) == 1:
+        return runs.assign(candidates=1)
+    return choose(runs, CELL, ["ensemble_size"])
+
+
+def summarise_epochs(df: pd.DataFrame) -> pd.DataFrame:
+    """Return one row a run and epoch of what is trained, from 0, where it starts: validation accuracy (%) and NLL."""
+    rows = df[(df["split"] == "validation") & df["member"].isna() & df["extra_epochs"].notna()]
+    epochs = rows[["run_id", "seed", "epoch"]].copy()
+    epochs["validation_accuracy"], epochs["validation_nll"] = 100 * rows["accuracy"], rows["nll"]
+    return epochs.sort_values(["run_id", "epoch"]).reset_index(drop=True)
+
+
+def summarise_lines(df: pd.DataFrame) -> pd.DataFrame:
+    """Return one row a run and point between its two networks: `matched` or not, share, test_accuracy (%), test_nll.
+
+    `barrier_test_accuracy` (points) and `barrier_test_nll` are the run's, the same at all points.
+    """
+    parts = []
+    for matched, start in ((False, "line"), (True, "matched_line")):
+        by_metric = []
+        for metric, scale in (("accuracy", 100), ("nll", 1)):
+            split, name = f"{start}_{metric}", f"test_{metric}"
+            points = curves_of(df, split, {"x": "share", "y": name})
+            points[name] *= scale
+            barriers = df[df["split"] == split].set_index("run_id")["barrier"] * scale
+            points[f"barrier_{name}"] = points["run_id"].map(barriers)
+            by_metric.append(points.set_index(["run_id", "seed", "share"]))
+        parts.append(by_metric[0].join(by_metric[1]).reset_index().assign(matched=matched))
+    return pd.concat(parts, ignore_index=True)
+
+
+def summarise_matrices(df: pd.DataFrame) -> pd.DataFrame:
+    """Return one row a run and hidden layer (from 1): diagonal, row_max and unique_argmax (%), means over the members."""
+    rows = df[df["split"] == "matrix"]
+    matrices = rows.groupby(["run_id", "layer"])[["diagonal", "row_max", "unique_argmax"]].mean().reset_index()
+    matrices["layer"] += 1
+    matrices["unique_argmax"] *= 100
+    return matrices
+
+
+def picture(df: pd.DataFrame, run_id: str, split: str) -> np.ndarray | None:
+    """Return the picture of a run's matrix, or None where it has none."""
+    rows = df[(df["split"] == split) & (df["run_id"] == run_id)]
+    if rows.empty:
+        return None
+    values = np.array(str(rows["y"].iloc[0]).split(), float)
+    return values.reshape(int(rows["size"].iloc[0]), -1)
+
+
+# --- from numbers to words --------------------------------------------------------------------------------------------
+
+
+def summarise_cells(setting: Setting) -> pd.DataFrame:
+    """Return, as text, what is made of each number of networks: seeds, scores, parameters, and the time of one device."""
+    rows = []
+    device, plain = _device(setting), setting.runs[setting.runs["arm"] == "single"]
+    for (size, label), mine in setting.runs.groupby(["ensemble_size", "label"], sort=False):
+        timed = mine[mine["device_name"].astype(str) == device]
+        row = {"networks": str(size), "method": str(label), "seeds": str(len(mine))}
+        row |= {
+            MEASURES[name].label: with_spread(mine[name], MEASURES[name], unit=False)
+            for name in ("validation_accuracy", "test_accuracy", "test_nll", "test_ece")
+        }
+        row["parameters"] = f"{mine['parameters'].iloc[0]:,.0f}"
+        row["parameters trained after"] = f"{mine['parameters_trained'].iloc[0]:,.0f}"
+        own = mine["form"].iloc[0] == ""
+        row["training after (s)"] = with_spread(timed["seconds"], RATIO, unit=False) if own else ""
+        row["images per second, plain network = 1"] = (
+            with_spread(relative_speed(mine, plain[plain["ensemble_size"] == size], device), RATIO, unit=False)
+            if own
+            else ""
+        )
+        rows.append(row)
+    return pd.DataFrame(rows)
+
+
+def summarise_differences(setting: Setting) -> pd.DataFrame:
+    """Return, as text, every paired difference with its 95 % interval; bold where that leaves 0 out."""
+    rows = []
+    for thesis in (False, True):
+        for pair in comparisons(setting, thesis):
+            row = {
+                "networks": str(pair.size),
+                "PermAVG": f"{'as in the thesis' if thesis else 'best on validation'}: {pair.ours['label'].iloc[0]}",
+                "less": str(pair.others["label"].iloc[0]),
+                "pairs": str(pair.difference("test_accuracy").pairs),
+            }
+            for name in (*COMPARED, "test_ece"):
+                found = pair.difference(name)
+                text = difference_in_words(found, name)
+                row[MEASURES[name].label.replace("%", "points")] = f"**{text}**" if found.shown else text
+            rows.append(row)
+    return pd.DataFrame(rows)
+
+
+def _device(setting: Setting) -> str:
+    return str(setting.runs["device_name"].astype(str).mode()[0])
+
+
+def _verdict(pairs: Sequence[Comparison], measure: str) -> str:
+    """Return what PermAVG of one M is better and worse than, and what no difference is shown from, by paired intervals."""
+    order = ("better than", "worse than", "no difference is shown from", "too few seeds to tell from")
+    kinds: dict[str, list[str]] = {kind: [] for kind in order}
+    for pair in pairs:
+        found = pair.difference(measure)
+        kind = "no difference is shown from" if np.isfinite(found.half) else "too few seeds to tell from"
+        if found.shown:
+            kind = "better than" if in_favour(found, measure) else "worse than"
+        kinds[kind].append(f"{pair.others['label'].iloc[0]} ({_short(found, measure)})")
+    return "; ".join(f"{kind} {listed(words)}" for kind, words in kinds.items() if words)
+
+
+def in_favour(found: Difference, measure: str) -> bool:
+    """Return whether a difference is shown, and is one for the better."""
+    return found.shown and (found.mean > 0) == bool(MEASURES[measure].more_is_better)
+
+
+def _short(found: Difference, measure: str) -> str:
+    """Return `+0.11 points, -0.12 to +0.34`."""
+    if not found.pairs:
+        return difference_in_words(found, measure)
+    mean, _, interval = difference_in_words(found, measure).partition(" (")
+    unit = MEASURES[measure].unit.replace("%", "points")
+    return f"{mean} {unit}" + (f", {interval.removesuffix(')')}" if np.isfinite(found.half) else "")
+
+
+def _sentences(setting: Setting, df: pd.DataFrame) -> list[str]:
+    f, size = setting.fields, main_size(setting)
+    every = cells(setting, size)
+    accuracy = MEASURES["test_accuracy"]
+
+    def scores(some: Iterable[Cell]) -> str:
+        return "; ".join(
+            f"{cell.label.removesuffix(FORMS[cell.form])} {with_spread(cell.runs['test_accuracy'], accuracy)}"
+            for cell in some
+        )
+
+    spread = " ± standard deviation" if max(len(cell.runs) for cell in every) > 1 else ""
+    n = _n(every).removeprefix("n = ")
+    head = f"{f['dataset']}, {f['model']}, {size} networks{_epochs_of(f)}, {n}, final test accuracy (mean{spread})."
+    absent = [ARMS[arm].label for arm in REFERENCES if not any(cell.arm == arm for cell in every)]
+    lines = [head + (f" There is no {listed(absent)} to compare with." if absent else "")]
+    for title, some in _groups(every):
+        lines.append(f"{title[0].upper()}{title[1:]}: {scores(some)}.")
+    verdicts = [line for thesis in (False, True) for line in _verdicts(setting, size, thesis)]
+    if verdicts:
+        lines.append(
+            "PermAVG is compared with each method over paired seeds: the difference and its 95 % interval, of a method in "
+            "several forms from the one that is best on validation."
+        )
+    lines += verdicts
+    return [
+        *lines,
+        *_projection_sentence(setting, size),
+        *_barrier_sentence(df, setting),
+        *_network_sentence(setting, size),
+    ]
+
+
+def _epochs_of(fields: dict[str, Any]) -> str:
+    if not fields["epochs"]:
+        return " from files"
+    return f" of {fields['epochs']} epoch{'s' if fields['epochs'] > 1 else ''}"
+
+
+def _verdicts(setting: Setting, size: int, thesis: bool) -> list[str]:
+    every = comparisons(setting, thesis)
+    pairs = [pair for pair in every if pair.size == size]
+    if not pairs:
+        return []
+    ours = pairs[0].ours
+    name, candidates, epochs = (ours[column].iloc[0] for column in ("label", "candidates", "extra_epochs"))
+    if not thesis:
+        name += f", best of {candidates} forms on validation" if candidates > 1 else ""
+    head = f"{name}, of {size} networks, at equal extra epochs ({epochs:g})"
+    lines = [
+        f"{head}, test {word}: {_verdict(pairs, name)}."
+        for name, word in zip(COMPARED, ("accuracy", "NLL"), strict=True)
+    ]
+    differences = [(pair.difference(measure), measure) for measure in COMPARED for pair in every]
+    known = sum(bool(np.isfinite(found.half)) for found, _ in differences)
+    if not known:
+        return [
+            *lines,
+            "No interval is known: fewer than three seeds are in common, and none can be said to be better.",
+        ]
+    shown = sum(found.shown for found, _ in differences)
+    better = sum(in_favour(found, measure) for found, measure in differences)
+    sizes = listed([str(one) for one in sorted({pair.size for pair in every})])
+    lines.append(
+        f"Of {sizes} networks, in accuracy and NLL together, {shown} of {known} such intervals leave 0 out, {better} in its "
+        f"favour, where {0.05 * known:.1f} would be expected of no difference at all."
+    )
+    return lines
+
+
+def _projection_sentence(setting: Setting, size: int) -> list[str]:
+    words = []
+    for before, after in _projections(setting, size):
+        found = difference(after, before, "test_accuracy")
+        words.append(f"{before['label'].iloc[0]} {_short(found, 'test_accuracy')}")
+    if not words:
+        return []
+    return [f"Projected to permutations, nothing trained after, less as learned, test accuracy: {'; '.join(words)}."]
+
+
+def _projections(setting: Setting, size: int) -> list[tuple[pd.DataFrame, pd.DataFrame]]:
+    """Return the runs of each configuration of PermAVG as learned and projected."""
+    every = {cell.label: cell.runs for cell in cells(setting, size)}
+    suffix = FORMS["_projected"]
+    return [(runs, every[label + suffix]) for label, runs in every.items() if label + suffix in every]
+
+
+def _barrier_sentence(df: pd.DataFrame, setting: Setting) -> list[str]:
+    lines = summarise_lines(df[df["run_id"].isin(set(setting.runs["run_id"]))])
+    return [f"On the line between two networks: {_barriers(lines)}."] if len(lines) else []
+
+
+def _barriers(lines: pd.DataFrame) -> str:
+    words = []
+    of_run = lines.drop_duplicates(["run_id", "matched"])
+    for name in COMPARED:
+        each = [
+            f"{with_spread(of_run.loc[of_run['matched'] == matched, f'barrier_{name}'], MEASURES[name], unit=False)} {how}"
+            for matched, how in ((False, "as they are"), (True, "matched"))
+        ]
+        unit = MEASURES[name].unit.replace("%", "points")
+        words.append(f"the barrier of {MEASURES[name].name.removeprefix('final ')} is {listed(each)} ({unit})")
+    return ", ".join(words)
+
+
+def _network_sentence(setting: Setting, size: int) -> list[str]:
+    """Return how large PermAVG's network is and how fast, beside a plain one and the deep ensemble, on one device."""
+    pairs = [pair for pair in comparisons(setting) if pair.size == size]
+    if not pairs:
+        return []
+    ours, device = pairs[0].ours, _device(setting)
+    by = {pair.other: pair.others for pair in pairs}
+    words = []
+    for method, name in (("single", "of one plain network"), ("deep_ensemble", "of the deep ensemble")):
+        if method in by:
+            share = ours["parameters"].iloc[0] / by[method]["parameters"].iloc[0]
+            speed = with_spread(relative_speed(ours, by[method], device), RATIO, unit=False)
+            words.append(f"{share:.3g} and {speed} times those {name}")
+    beside = f"; these and its images per second in inference are {listed(words)} ({device})" if words else ""
+    return [
+        f"PermAVG's network, written out, has {ours['parameters'].iloc[0]:,.0f} parameters{beside}. To make it of {size} "
+        f"networks {ours['parameters_trained'].iloc[0]:,.0f} entries of matrices were trained."
+    ]
+
+
+def relative_speed(ours: pd.DataFrame, others: pd.DataFrame, device: str) -> pd.Series:
+    """Return, for each seed that both have on the device, how many times the others' images a second ours infers."""
+    one, two = (
+        runs[runs["device_name"].astype(str) == device].set_index("seed")["inference_images_per_second"]
+        for runs in (ours, others)
+    )
+    return (one / two).dropna()
+
+
+def describe(setting: Setting) -> str:
+    """Return in words what a setting holds constant, and where its images and networks are from."""
+    f = setting.fields
+    sources = sorted(set(setting.runs["data_source"].astype(str)))
+    shape = f" with {f['depth']} hidden layer{'s' * (f['depth'] > 1)} of {f['hidden_size']}" if f["depth"] else ""
+    made = (
+        f"networks from files (SHA-256 {f['base_digest'][:8]}...)"
+        if f["base_digest"]
+        else f"networks of {f['epochs']} epochs, {number(f['warmup_epochs'])} of them warm-up"
+    )
+    extra = sorted(setting.runs["extra_epochs"].dropna().unique())
+    after = f", {listed([f'{epochs:g}' for epochs in extra])} extra epochs" if extra else ""
+    return (
+        f"{f['dataset']} ({', '.join(sources)}), {f['model']}{shape}, {made}{after}, batches of {f['batch_size']} images, "
+        f"{f['optimizer']} at learning rate {number(f['learning_rate'])} with momentum {number(f['momentum'])}, weight decay "
+        f"{number(f['weight_decay'])}, batchnorm {f['batchnorm']}, augment {f['augment']}, precision {f['precision']}"
+    )
+
+
+def _n(every: Iterable[Cell]) -> str:
+    return counted(cell.runs["seed"].nunique() for cell in every)
+
+
+def _n_of(runs: pd.DataFrame) -> str:
+    return counted(runs.groupby([*CELL, "form"], dropna=False)["seed"].nunique())
+
+
+# --- from numbers to pictures -----------------------------------------------------------------------------------------
+
+
+class Row(NamedTuple):
+    """What stands in a row: values of seeds, how they look, and their mean with its interval."""
+
+    values: pd.Series
+    look: Look
+    found: Difference
+
+
+def span_of(parts: Sequence[tuple[float, float, float]]) -> tuple[float, float]:
+    """Return the ends of an axis for (mean, lowest, highest): of all, but for what lies far from the rest of them.
+
+    From the half that is nearest to the median outwards, until the axis would be LEAVING times as long as that half needs.
+    """
+    middle = np.median([mean for mean, _, _ in parts])
+    near = sorted(parts, key=lambda part: abs(part[0] - middle))
+    half = near[: max(3, -(-len(near) // 2))]
+    low, high = min(part[1] for part in half), max(part[2] for part in half)
+    longest = LEAVING * (high - low)
+    for _, least, most in near[len(half) :]:
+        if max(high, most) - min(low, least) > longest:
+            break
+        low, high = min(low, least), max(high, most)
+    return _padded([low, high])
+
+
+def _padded(values: Iterable[float]) -> tuple[float, float]:
+    low, high = float(min(values := list(values))), float(max(values))
+    pad = 0.05 * (high - low) or 0.5
+    return low - pad, high + pad
+
+
+def draw_rows(rows: Sequence[tuple[str, Row | None]], ax: Axes, *, measure: str) -> Axes:
+    """Draw rows from above, headings (None) among them: dots are seeds, a diamond their mean and 95 % interval.
+
+    A row that lies far from the rest is written at the edge.
+    """
+    there = [(at, row) for at, (_, row) in enumerate(rows) if row is not None and len(row.values)]
+
+    def ends(row: Row) -> tuple[float, float, float]:
+        half = row.found.half if np.isfinite(row.found.half) else 0.0
+        mean = row.found.mean
+        return mean, min(mean - half, row.values.min()), max(mean + half, row.values.max())
+
+    low, high = span_of([ends(row) for _, row in there]) if there else (-1, 1)
+    for at, row in there:
+        if low <= row.found.mean <= high:
+            draw_strip(ax, at, row.values, row.found, row.look)
+            continue
+        left = row.found.mean < low
+        words = with_spread(row.values, MEASURES[measure], unit=False).replace("-", MINUS)
+        ax.text(
+            0.01 if left else 0.99,
+            at,
+            f"\N{LEFTWARDS ARROW} {words}" if left else f"{words} \N{RIGHTWARDS ARROW}",
+            transform=ax.get_yaxis_transform(),
+            ha="left" if left else "right",
+            va="center",
+            fontsize=6.5,
+            color=INK,
+            bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.6},
+        )
+    ax.set_xlim(low, high)
+    return label_rows(ax, [(label, row is None) for label, row in rows])
+
+
+def draw_methods(every: Sequence[Cell], ax: Axes, *, measure: str) -> Axes:
+    """Draw a row for each cell, in groups; dashed through all: the mean of the best single network and the deep ensemble."""
+    rows: list[tuple[str, Row | None]] = []
+    for title, some in _groups(every):
+        rows.append((title, None))
+        for cell in some:
+            values = cell.runs.sort_values("seed")[measure].dropna()
+            label = cell.label.removesuffix(FORMS[cell.form])
+            rows.append((label, Row(values, cell.look, interval_of(values))))
+    draw_rows(rows, ax, measure=measure)
+    for cell in every:
+        if cell.arm in REFERENCES and cell.runs["ensemble_size"].iloc[0] > 1:
+            ax.axvline(cell.runs[measure].mean(), color=cell.look.colour, lw=0.8, ls=DASHED, zorder=1)
+    ax.set_xlabel(MEASURES[measure].label)
+    return ax
+
+
+def _groups(every: Sequence[Cell]) -> list[tuple[str, list[Cell]]]:
+    """Return what is drawn under which heading; only what is there."""
+    trained = [cell for cell in every if cell.runs["extra_epochs"].notna().any()]
+    epochs = sorted({epochs for cell in trained for epochs in cell.runs["extra_epochs"]})
+    longer = f"trained for {listed([f'{n:g}' for n in epochs])} epoch{'s' if epochs != [1] else ''} more"
+    groups = {
+        "nothing trained": [cell for cell in every if not cell.form and cell not in trained],
+        longer: [cell for cell in trained if not cell.form],
+        "projected, nothing trained after": [cell for cell in every if cell.form == "_projected"],
+        "statistics averaged, not estimated": [cell for cell in every if cell.form == "_stale"],
+    }
+    return [(title, some) for title, some in groups.items() if some]
+
+
+def draw_differences(pairs: Sequence[Comparison], ax: Axes, *, measure: str) -> Axes:
+    """Draw paired differences of PermAVG, under a heading for what is taken off, a row for each number of networks."""
+    rows: list[tuple[str, Row | None]] = []
+    for other in dict.fromkeys(pair.other for pair in pairs):
+        rows.append((f"less {OTHERS[other]}", None))
+        for pair in pairs:
+            if pair.other == other:
+                each = (pair.ours.set_index("seed")[measure] - pair.others.set_index("seed")[measure]).dropna()
+                row = Row(each.sort_index(), pair.look, pair.difference(measure))
+                rows.append((f"{pair.size} networks", row))
+    draw_rows(rows, ax, measure=measure)
+    ax.axvline(0, color=GREY, lw=0.8, zorder=1)
+    ax.set_xlabel(f"difference of {MEASURES[measure].label.replace('%', 'points')}")
+    ax.xaxis.set_major_locator(MaxNLocator(5))
+    return ax
+
+
+def draw_sizes(runs: pd.DataFrame, ax: Axes, *, measure: str, sizes: Sequence[int], arms: Sequence[str]) -> Axes:
+    """Draw a measure against the number of networks, a line for each arm: dots are seeds, lines join their means."""
+    places = {size: at for at, size in enumerate(sizes)}
+    there = [arm for arm in arms if (runs["arm"] == arm).any()]
+    for arm, aside in zip(there, np.linspace(-0.2, 0.2, len(there)) if len(there) > 1 else [0.0], strict=True):
+        look, mine = ARMS[arm], runs[runs["arm"] == arm]
+        at = mine["ensemble_size"].map(places) + aside
+        ax.plot(at, mine[measure], look.marker, color=look.colour, ms=2.4, mew=0, alpha=0.55)
+        mean = mine.groupby("ensemble_size")[measure].mean()
+        places_of_means = mean.index.map(places) + aside
+        ax.plot(places_of_means, mean, color=look.colour, ls=look.line, lw=1.1, zorder=2.5)
+        ax.plot(places_of_means, mean, look.marker, color=look.colour, ms=5.2, mec="white", mew=0.5, zorder=3)
+    ax.set_xticks(range(len(sizes)), [str(size) for size in sizes])
+    ax.set_xlim(-0.4, len(sizes) - 0.6)
+    ax.set_ylabel(MEASURES[measure].label)
+    return ax
+
+
+def draw_lines(lines: pd.DataFrame, ax: Axes, *, measure: str) -> Axes:
+    """Draw a measure along the line between two networks, as they are and matched: thin lines are seeds, thick their mean."""
+    for matched, look in LINES.items():
+        mine = lines[lines["matched"] == matched]
+        for _, run in mine.groupby("run_id"):
+            ax.plot(run["share"], run[measure], color=look.colour, ls=look.line, lw=0.5, alpha=0.5)
+        mean = mine.groupby("share")[measure].mean()
+        ax.plot(mean.index, mean, look.marker, color=look.colour, ls=look.line, lw=1.6, ms=4, mec="white", mew=0.5)
+    ax.set_xlabel("share of the second network")
+    ax.set_ylabel(MEASURES[measure].label)
+    return ax
+
+
+LINES = {
+    False: ARMS["naive_average"]._replace(label="as they are"),
+    True: ARMS["matching_mean"]._replace(label="matched"),
+}
+
+
+def draw_matrix(values: np.ndarray, ax: Axes, *, norm: Normalize, cmap: str) -> Axes:
+    ax.imshow(values, norm=norm, cmap=cmap, interpolation="nearest", rasterized=True)
+    ax.set_xticks([])
+    ax.set_yticks([])
+    ax.grid(False)
+    ax.spines[:].set_visible(False)
+    return ax
+
+
+def norm_of_matrix(values: np.ndarray) -> tuple[Normalize, str]:
+    """Return a scale of colours: logarithmic from 0.0001 to 1; of what has a sign, around 0 and linear up to 0.01."""
+    if (values < 0).any():
+        most = max(1.0, float(np.abs(values).max()))
+        return SymLogNorm(0.01, vmin=-most, vmax=most), "RdBu_r"
+    return LogNorm(1e-4, 1, clip=True), "viridis"
+
+
+def draw_cost(every: Sequence[Cell], ax: Axes, *, x: str, y: str) -> Axes:
+    """Draw a measure against a cost, logarithmic: small dots are runs, large ones the means of cells."""
+    for cell in reversed(every):
+        look, values = cell.look, cell.runs[y]
+        first = cell.arm == "single" and cell.runs["ensemble_size"].iloc[0] == 1
+        ax.plot(cell.runs[x], values, look.marker, color=look.colour, ms=2.4, mew=0, alpha=0.5)
+        face: dict[str, Any] = {"mfc": "white", "mec": look.colour} if first else {"mec": "white"}
+        ax.plot(cell.runs[x].mean(), values.mean(), look.marker, color=look.colour, ms=6, mew=0.7, zorder=3, **face)
+    in_view = [cell.runs[y] for cell in every if cell.arm not in UNTRAINED] or [cell.runs[y] for cell in every]
+    ax.set_ylim(_padded(pd.concat(in_view)))
+    ax.set_xlabel(OWN[x].label)
+    ax.set_ylabel(MEASURES[y].label)
+    logarithmic(ax)
+    if x == "inference_images_per_second":
+        ax.xaxis.set_major_formatter(
+            FuncFormatter(lambda value, _: f"{value / 1e6:g} M" if value >= 1e6 else f"{value / 1e3:g} k")
+        )
+    return ax
+
+
+def _legend(figure: Figure, looks: Iterable[Look], columns: int = 4, lines: bool = True) -> None:
+    """Put above a figure which colour, marker and dash is which arm."""
+    handles = [
+        Line2D([], [], color=look.colour, marker=look.marker, ls=look.line if lines else "", label=look.label, mec="white",
+               mew=0.4, ms=5.2, lw=1.1)
+        for look in looks
+    ]  # fmt: skip
+    figure.legend(
+        handles=handles, loc="outside upper center", ncols=min(len(handles), columns), handlelength=3 if lines else 1.5,
+        columnspacing=1.2,
+    )  # fmt: skip
+
+
+# --- which figures, and what they say ---------------------------------------------------------------------------------
+
+
+def figures(df: pd.DataFrame) -> Figures:
+    """Yield (setting/name, caption, figure) of every figure that the results support; inside `plots.figure.style()`."""
+    for setting in settings(df):
+        mine = df[df["run_id"].isin(set(setting.runs["run_id"]))]
+        for part in (
+            _size_figure,
+            _method_figure,
+            _difference_figures,
+            _projection_figure,
+            _barrier_figure,
+            _matrix_figures,
+            _cost_figure,
+            _reliability_figure,
+            _training_figure,
+        ):
+            for name, caption, figure in part(setting, mine):
+                yield f"{setting.name}/{name}", f"{caption} Setting: {describe(setting)}.", figure
+
+
+def findings(df: pd.DataFrame) -> dict[str, Finding]:
+    """Return for each setting's name what was found, and from what."""
+    found = {}
+    for setting in settings(df):
+        mine = df[df["run_id"].isin(set(setting.runs["run_id"]))]
+        tables = [
+            "Mean ± standard deviation over seeds (of one seed no spread is known), by the number of networks, M; seconds are "
+            f"of {_device(setting)}.\n\n" + markdown(summarise_cells(setting))
+        ]
+        differences = summarise_differences(setting)
+        if len(differences):
+            tables.append(
+                "Paired differences over seeds, mean and 95 % interval by Student's t, bold where it leaves 0 out; none is "
+                f"corrected for their number. PermAVG and what it is compared with are chosen {ON_VALIDATION}.\n\n"
+                + markdown(differences)
+            )
+        made = provenance(setting.runs, describe(setting))
+        found[setting.name] = Finding(_sentences(setting, mine), "\n\n".join(tables), made)
+    return found
+
+
+def _chosen(runs: pd.DataFrame) -> str:
+    """Return that there was a choice, where there was one."""
+    chosen = f" Of an arm with several configurations the best is drawn, {ON_VALIDATION}."
+    return chosen if (runs["candidates"] > 1).any() else ""
+
+
+def _size_figure(setting: Setting, df: pd.DataFrame) -> Figures:
+    runs = best_of_arms(setting)
+    sizes = sorted(int(size) for size in set(runs["ensemble_size"]))
+    if len(sizes) < 2:
+        return
+    panels = {"nothing trained": UNTRAINED, "PermAVG": PERMAVG, "other extra training": CONTROLS}
+    panels = {title: arms for title, arms in panels.items() if runs["arm"].isin(arms).any()} or {"": ()}
+    figure = new_figure(TEXT_WIDTH * max(2, len(panels)) / 3, 4.9)
+    axes = figure.subplots(2, len(panels), sharex=True, squeeze=False)
+    for at, (title, arms) in enumerate(panels.items()):
+        for ax, measure in zip(axes[:, at], COMPARED, strict=True):
+            draw_sizes(runs, ax, measure=measure, sizes=sizes, arms=[*REFERENCES, *arms])
+            ax.set_ylabel("" if at else MEASURES[measure].label)
+        axes[0, at].set_title(title)
+        axes[1, at].set_xlabel("networks")
+    _legend(figure, [look for arm, look in ARMS.items() if (runs["arm"] == arm).any()])
+    yield (
+        "size",
+        "Final test accuracy (above) and NLL (below) against the number of networks; each panel has its own scale, and the "
+        "best single network (on validation; of one, the first) and the deep ensemble are in all of them. Small dots are "
+        f"seeds, large ones their mean, {_n_of(runs)}; arms are drawn a little aside of each other. "
+        f"Of two networks, "
+        f"matching with the first and with the mean are one.{_chosen(runs)}",
+        figure,
+    )
+
+
+def _method_figure(setting: Setting, df: pd.DataFrame) -> Figures:
+    size = main_size(setting)
+    every = cells(setting, size)
+    lines = len(every) + len(_groups(every))
+    measures = ("test_accuracy", "test_nll", "test_ece")
+    figure = new_figure(TEXT_WIDTH, 0.19 * lines + 0.6)
+    for ax, measure in zip(figure.subplots(1, 3, sharey=True), measures, strict=True):
+        draw_methods(every, ax, measure=measure)
+        ax.xaxis.set_major_locator(MaxNLocator(4))
+    yield (
+        "methods",
+        f"What is made of {size} networks: final test accuracy, NLL, and ECE in 15 bins. The best single network is so "
+        f"on validation. {DOTS}, {_n(every)}; {AT_THE_EDGE}. Dashed: the means of the best single network (black) and of the "
+        "deep ensemble (orange).",
+        figure,
+    )
+
+
+def _difference_figures(setting: Setting, df: pd.DataFrame) -> Figures:
+    for thesis in (False, True):
+        pairs = comparisons(setting, thesis)
+        if not pairs:
+            continue
+        lines = len(pairs) + len({pair.other for pair in pairs})
+        figure = new_figure(TEXT_WIDTH, 0.19 * lines + 0.6)
+        for ax, measure in zip(figure.subplots(1, 2, sharey=True), COMPARED, strict=True):
+            draw_differences(pairs, ax, measure=measure)
+        n = counted(pair.difference("test_accuracy").pairs for pair in pairs).replace("seed", "paired seed")
+        by_size = {pair.size: str(pair.ours["label"].iloc[0]) for pair in pairs}
+        which = "; ".join(f"of {size} networks {label}" for size, label in sorted(by_size.items()))
+        what = "in the form of the thesis" if thesis else f"in the form that is best on validation ({which})"
+        yield (
+            "differences_thesis" if thesis else "differences",
+            f"Paired differences over seeds of final test accuracy (left; right of 0 PermAVG is better) and NLL (right; left "
+            f"of 0 it is better): PermAVG {what} less what the heading says, of several configurations the best on validation, "
+            f"those that train for as many extra epochs. {DOTS}, {n}; {AT_THE_EDGE}. None of the {2 * len(pairs)} intervals is "
+            "corrected for their number.",
+            figure,
+        )
+
+
+def _projection_figure(setting: Setting, df: pd.DataFrame) -> Figures:
+    size = main_size(setting)
+    pairs = _projections(setting, size)
+    if not pairs:
+        return
+    every = cells(setting, size)
+    rows: list[tuple[str, list[Cell]]] = [
+        (str(before["label"].iloc[0]), [Cell("as learned", before), Cell("projected", after)])
+        for before, after in pairs
+    ]
+    beside = [cell for cell in every if cell.arm in ("single", *UNTRAINED) and not cell.form and
+              cell.runs["ensemble_size"].iloc[0] == size]  # fmt: skip
+    rows += [("nothing learned", beside)] if beside else []
+    figure = new_figure(TEXT_WIDTH, 0.19 * sum(1 + len(some) for _, some in rows) + 0.6)
+    for ax, measure in zip(figure.subplots(1, 2, sharey=True), COMPARED, strict=True):
+        strips: list[tuple[str, Row | None]] = []
+        for title, some in rows:
+            strips.append((title, None))
+            for cell in some:
+                values = cell.runs.sort_values("seed")[measure].dropna()
+                strips.append((cell.label, Row(values, cell.look, interval_of(values))))
+        draw_rows(strips, ax, measure=measure)
+        ax.set_xlabel(MEASURES[measure].label)
+    shown = [*(Cell("", runs) for pair in pairs for runs in pair), *beside]
+    yield (
+        "projection",
+        f"PermAVG of {size} networks with its matrices as learned, and with the permutation nearest to each in its place and "
+        f"nothing trained after: final test accuracy (left) and NLL (right). {DOTS}, {_n(shown)}; {AT_THE_EDGE}.",
+        figure,
+    )
+
+
+def _barrier_figure(setting: Setting, df: pd.DataFrame) -> Figures:
+    lines = summarise_lines(df)
+    if lines.empty:
+        return
+    figure = new_figure(TEXT_WIDTH, 2.5)
+    for ax, measure in zip(figure.subplots(1, 2), COMPARED, strict=True):
+        draw_lines(lines, ax, measure=measure)
+    _legend(figure, LINES.values())
+    yield (
+        "barriers",
+        "Test accuracy (left) and NLL (right) of the networks on the straight line between two, as they are and with one "
+        f"matched to the other. Thin lines are seeds, thick ones their mean, {counted([lines['seed'].nunique()])}. "
+        f"By how much it gets worse than on the straight line of its ends, mean ± standard deviation: {_barriers(lines)}.",
+        figure,
+    )
+
+
+def _matrix_figures(setting: Setting, df: pd.DataFrame) -> Figures:
+    """Pictures of a learned matrix of each arm, and what all of them are like."""
+    size = main_size(setting)
+    runs = best_of_arms(setting)
+    first = runs[(runs["ensemble_size"] == size) & (runs["seed"] == 0) & runs["method"].isin(["permavg", "mixing"])]
+    shown = [
+        (str(run.label), as_learned, in_order)
+        for run in first.sort_values("arm", key=lambda arms: arms.map(list(ARMS).index)).itertuples()
+        if (as_learned := picture(df, str(run.run_id), "picture")) is not None
+        and (in_order := picture(df, str(run.run_id), "picture_ordered")) is not None
+    ]
+    if shown:
+        figure = new_figure(TEXT_WIDTH * max(3, len(shown)) / 5, 3.35)
+        axes = figure.subplots(2, len(shown), squeeze=False)
+        for column, (label, *both) in zip(axes.T, shown, strict=True):
+            norm, cmap = norm_of_matrix(np.concatenate(both))
+            for ax, values in zip(column, both, strict=True):
+                draw_matrix(values, ax, norm=norm, cmap=cmap)
+            column[0].set_title(fill(label, 23, break_on_hyphens=False))
+            ticks = [1e-4, 1e-2, 1] if isinstance(norm, LogNorm) else [-1, -0.01, 0.01, 1]
+            bar = figure.colorbar(
+                ScalarMappable(norm, cmap), ax=list(column), location="bottom", fraction=0.05, aspect=20, pad=0.02
+            )
+            bar.set_ticks(ticks, labels=[number(tick) for tick in ticks], fontsize=6)
+            bar.ax.minorticks_off()
+            bar.outline.set_visible(False)
+        axes[0, 0].set_ylabel("as learned")
+        axes[1, 0].set_ylabel("columns in order")
+        units = shown[0][1].shape[0]
+        yield (
+            "matrices",
+            f"A learned matrix of {size} networks: member 1, first hidden layer, seed 0, the first {units} {TIMES} {units} "
+            "entries, as learned (above) and with its columns in the order of the nearest permutation (below), where a "
+            f"permutation would be the diagonal. Scales are logarithmic, below 0.0001 all is dark; those of free mixing have a "
+            f"sign, and are linear up to 0.01.",
+            figure,
+        )
+    matrices = summarise_matrices(df).merge(runs, on="run_id")
+    if len(matrices):
+        yield _matrix_summary(matrices)
+
+
+def _matrix_summary(matrices: pd.DataFrame) -> tuple[str, str, Figure]:
+    layers = sorted(int(layer) for layer in set(matrices["layer"]))
+    sizes = sorted(int(size) for size in set(matrices["ensemble_size"]))
+    many = len(sizes) * len(layers) > 6
+    figure = new_figure(TEXT_WIDTH, 4.2 if many else 2.6)
+    axes = figure.subplots(2, 1, sharex=True) if many else figure.subplots(1, 2)
+    there = [arm for arm in ARMS if (matrices["arm"] == arm).any()]
+    names = {"row_max": "largest entry\nof a row, mean", "unique_argmax": "rows with a column\nof their own (%)"}
+    groups = [(size, layer) for size in sizes for layer in layers]
+    for ax, (name, label) in zip(axes, names.items(), strict=True):
+        for arm, aside in zip(there, np.linspace(-0.25, 0.25, len(there)) if len(there) > 1 else [0.0], strict=True):
+            look, mine = ARMS[arm], matrices[matrices["arm"] == arm]
+            at = (
+                np.array([groups.index(group) for group in zip(mine["ensemble_size"], mine["layer"], strict=True)])
+                + aside
+            )
+            ax.plot(at, mine[name], look.marker, color=look.colour, ms=2.4, mew=0, alpha=0.55)
+            mean = mine[name].groupby(at).mean()
+            ax.plot(mean.index, mean, look.marker, color=look.colour, ms=5.2, mec="white", mew=0.5, zorder=3)
+        ax.set_xticks(
+            range(len(groups)),
+            [
+                str(size) if len(layers) == 1 else f"{layer}\nM = {size}" if layer == layers[0] else str(layer)
+                for size, layer in groups
+            ],
+        )
+        ax.set_xlabel("networks" if len(layers) == 1 else "hidden layer, of M networks")
+        ax.set_ylabel(label)
+        ax.set_ylim(0, 1.05 * ax.get_ylim()[1])
+        ax.grid(False, axis="x")
+    _legend(figure, [ARMS[arm] for arm in there], lines=False, columns=5)
+    caption = (
+        "How near learned matrices are to permutations, of which both would be 1 (100 %): the largest entry of a row, mean "
+        "over rows and members (first), and the share of rows whose largest entry is in a column that is no other row's "
+        f"(second). Small dots are seeds, large ones their mean, {_n_of(matrices)}.{_chosen(matrices)}"
+    )
+    return "matrices_summary", caption, figure
+
+
+def _cost_figure(setting: Setting, df: pd.DataFrame) -> Figures:
+    size, device = main_size(setting), _device(setting)
+    every = [
+        cell._replace(runs=cell.runs[cell.runs["device_name"].astype(str) == device]) for cell in cells(setting, size)
+    ]
+    every = [cell for cell in every if len(cell.runs) and not cell.form]
+    axes_of = [x for x in OWN if any(cell.runs[x].notna().any() for cell in every)]
+    if not axes_of:
+        return
+    figure = new_figure(TEXT_WIDTH, 3.3)
+    axes = figure.subplots(1, 2, sharey=True)
+    for ax, x in zip(axes, axes_of, strict=False):
+        draw_cost(every, ax, x=x, y="test_accuracy")
+    for ax in axes[len(axes_of) :]:
+        ax.set_axis_off()
+    if len(axes_of) == 2:
+        axes[1].set_ylabel("")
+    there = {cell.arm for cell in every}
+    _legend(figure, [look for arm, look in ARMS.items() if arm in there], lines=False)
+    left_out = "; runs on other devices are left out" if setting.runs["device_name"].nunique() > 1 else ""
+    yield (
+        "cost",
+        f"Final test accuracy of what is made of {size} networks against the seconds of training, the networks' and what comes "
+        "after, matching included, and against images per second in inference; both logarithmic. The open circle is the first "
+        f"network alone. Small dots are runs, large ones means over seeds, {_n(every)}. Averages that nothing was "
+        f"trained of may lie below what is in view; the table has them. Measured on {device}"
+        f"{left_out}; what else that machine did meanwhile is not known.",
+        figure,
+    )
+
+
+def _reliability_figure(setting: Setting, df: pd.DataFrame) -> Figures:
+    bins, size = summarise_reliability(df), main_size(setting)
+    there = set(bins["run_id"])
+    panels: dict[str, tuple[Look, Collection[str]]] = {}
+    shown = []
+    for cell in cells(setting, size):
+        first = cell.arm == "single" and cell.runs["ensemble_size"].iloc[0] == 1
+        runs = there & set(cell.runs["run_id"])
+        if not cell.form and not first and runs:
+            panels[fill(cell.label, 23, break_on_hyphens=False)] = (cell.look, runs)
+            shown.append(cell._replace(runs=cell.runs[cell.runs["run_id"].isin(runs)]))
+    if panels:
+        caption = RELIABILITY.replace(
+            "the ensemble's prediction", f"the prediction, of what is made of {size} networks,"
+        )
+        caption += f", {_n(shown)}."
+        figure = reliability_diagrams(bins, panels)
+        figure.supxlabel("confidence of the prediction (%)", fontsize=8)
+        yield "reliability", caption, figure
+
+
+def _training_figure(setting: Setting, df: pd.DataFrame) -> Figures:
+    size, runs = main_size(setting), best_of_arms(setting)
+    mine = runs[runs["ensemble_size"] == size]
+    epochs = summarise_epochs(df).merge(mine[["run_id", "arm"]], on="run_id")
+    if epochs["epoch"].nunique() < 3:
+        return
+    panels = {"PermAVG": PERMAVG, "other extra training": CONTROLS}
+    panels = {title: arms for title, arms in panels.items() if epochs["arm"].isin(arms).any()}
+    figure = new_figure(TEXT_WIDTH, 4.6)
+    axes = figure.subplots(2, len(panels), sharex=True, squeeze=False)
+    measures = ("validation_accuracy", "validation_nll")
+    for measure, row in zip(measures, axes, strict=True):
+        for ax, (title, arms) in zip(row, panels.items(), strict=True):
+            draw_curves(epochs, ax, measure=measure, looks={arm: ARMS[arm] for arm in arms})
+            late = epochs[epochs["arm"].isin(arms) & (epochs["epoch"] >= epochs["epoch"].max() / 2)]
+            ends = [late[measure].min(), late[measure].max()]
+            for arm in REFERENCES:
+                reference = mine.loc[mine["arm"] == arm, measure].mean()
+                if np.isfinite(reference):
+                    ax.axhline(reference, color=ARMS[arm].colour, lw=0.8, ls=DASHED, zorder=1)
+                    ends.append(reference)
+            ax.set_ylim(_padded(ends))
+            ax.set_xlabel("epoch of extra training" if measure == measures[1] else "")
+            ax.set_title(title if measure == measures[0] else "")
+            ax.set_ylabel(MEASURES[measure].label if title == next(iter(panels)) else "")
+    there = [ARMS[arm]._replace(marker="") for arms in panels.values() for arm in arms if (epochs["arm"] == arm).any()]
+    _legend(figure, there)
+    trained = mine[mine["run_id"].isin(set(epochs["run_id"]))]
+    yield (
+        "training",
+        f"Validation accuracy (above) and NLL (below) by epoch of what is trained from {size} networks; epoch 0 is where it "
+        f"starts. Each panel has its own scale, that of the later half of epochs. Thin lines are seeds, thick ones "
+        f"their mean, {_n_of(trained)}; dashed: the means of the best single network (black) and of the deep ensemble "
+        f"(orange).{_chosen(trained)}",
+        figure,
+    )

@@ -1,0 +1,439 @@
+"""Numbers before pictures: arms and forms kept apart, what validation chooses, seeds paired, n in every caption."""
+
+import dataclasses
+import hashlib
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from scipy import stats
+
+from batchens.grid import run_id
+from batchens.results import METRICS, result_path, write_run
+from plots import figure
+from plots import parameter_averaging as pa
+from plots.__main__ import experiments
+from plots.image_runs import Setting
+from plots.reading import usable_results
+from scripts.parameter_averaging import GRIDS, Config
+
+ROOT = Path(__file__).parents[2]
+SMALL = Config(method="single", hidden_size=8, epochs=3, batch_size=64)
+MINUS = "\N{MINUS SIGN}"
+MATCHED = {"start": "matching"}
+UPS = (0.0, 0.01, 0.03, 0.02)  # of the seeds
+PICTURE = "1 0 0 0.5"
+
+
+def write(
+    folder: Path,
+    accuracy: float,
+    *,
+    validation: float | None = None,
+    projected: float | None = None,
+    stale: float | None = None,
+    speed: float = 100.0,
+    device: str = "cpu",
+    **fields: object,
+) -> None:
+    """Write a run as the script does: on test this accuracy, an NLL of what is missing to 1; validation alike if not given."""
+    config = dataclasses.replace(SMALL, **fields)  # type: ignore[arg-type]
+    path = result_path(folder, "parameter_averaging", run_id(config))
+    head = {"run_id": path.stem, "experiment": "parameter_averaging"}
+    head |= {name: value for name, value in dataclasses.asdict(config).items() if name not in Config.INCIDENTAL}
+    extra = config.extra_epochs or 0
+    facts = {
+        "parameters": 100 * (config.ensemble_size if config.method == "deep_ensemble" else 1),
+        "parameters_trained": 64 if extra else 0, "seconds_base": 10.0 * config.ensemble_size,
+        "seconds_matching": 0.5 if config.matching else None, "inference_images_per_second": speed, "device_name": device,
+        "number_format": "float32", "torch": "2", "data_source": "here", "commit": "", "dirty": "", "finished": "2026",
+    }  # fmt: skip
+    rows = []
+
+    def measured(epoch: int, split: str, value: float) -> None:
+        scores = {"accuracy": value, "nll": 1 - value, "brier": 0.1, "ece": 0.02}
+        rows.extend({"epoch": epoch, "split": split, "member": member, **scores} for member in (0, None))
+
+    known = accuracy if validation is None else validation
+    for epoch in range(extra + 1):
+        measured(epoch, "validation", known if epoch == extra else 0.5)
+        if epoch:
+            rows.append({"epoch": epoch, "split": "train", "member": 0, "nll": 1.0, "seconds": 2.0})
+    measured(extra, "test", accuracy)
+    for suffix, value in (("_projected", projected), ("_stale", stale)):
+        if value is not None:
+            measured(extra, f"validation{suffix}", value)
+            measured(extra, f"test{suffix}", value)
+    rows.append({"epoch": extra, "split": "reliability", "x": "0.5 nan 0.9", "y": "0.4 nan 1", "n": "0.2 0 0.8"})
+    if config.method in ("permavg", "mixing"):
+        for member in range(1, config.ensemble_size):
+            shape = {"diagonal": 0.1, "row_max": 0.2 * member, "unique_argmax": 0.5, "row_error": 0.0}
+            rows.append({"epoch": extra, "split": "matrix", "member": member, "layer": 0, "size": 8, **shape})
+        for split in ("picture", "picture_ordered") if config.seed == 0 else ():
+            rows.append({"epoch": extra, "split": split, "member": 1, "layer": 0, "size": 2, "y": PICTURE})
+    if config.method == "weight_matching" and config.ensemble_size == 2:
+        for name, worst in (("line", 0.5), ("matched_line", 0.75)):
+            for metric, y, barrier in (
+                ("accuracy", f"0.9 {worst} 0.8", 0.85 - worst), ("nll", f"0.1 {1 - worst} 0.2", 0.85 - worst),
+            ):  # fmt: skip
+                rows.append({"epoch": 0, "split": f"{name}_{metric}", "x": "0 0.5 1", "y": y, "barrier": barrier})
+    measures = ("epoch", "split", "member", *METRICS, *"xyn", *pa.MATRIX, "barrier", "seconds", "images_per_second")
+    write_run(path, [{**head, **{name: row.get(name) for name in measures}, **facts} for row in rows])
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small whole study: four seeds, two and three networks; on validation PermAVG is best from matched networks."""
+    tmp_path = tmp_path_factory.mktemp("results")
+    for seed, up in enumerate(UPS):
+        write(tmp_path, 0.80 + up, method="single", ensemble_size=1, seed=seed)
+        for size in (2, 3):
+            same = {"ensemble_size": size, "seed": seed}
+            write(tmp_path, 0.81 + up, method="single", **same)
+            write(tmp_path, 0.88, method="deep_ensemble", speed=25.0, **same)
+            write(tmp_path, 0.10 + 2 * up, method="naive_average", **same)
+            write(tmp_path, 0.70 + up, method="weight_matching", **same)
+            if size > 2:
+                write(tmp_path, 0.71 + up, validation=0.6, method="weight_matching", matching="first", **same)
+            write(tmp_path, 0.84 + up, method="distillation", **same)
+            write(tmp_path, 0.82 + up, method="fine_tuned_single", **same)
+            write(tmp_path, 0.86 + up, validation=0.85, method="fine_tuned_average", **same)
+            write(tmp_path, 0.85 + up, validation=0.86, method="fine_tuned_average", **same, **MATCHED)
+            write(tmp_path, 0.84, method="mixing", **same)
+            write(tmp_path, 0.86 + up, validation=0.80, projected=0.60 + up, method="permavg", **same)
+            write(
+                tmp_path, 0.83 + 2 * up, validation=0.82, projected=0.9, method="permavg", speed=50.0, **same, **MATCHED
+            )
+            write(tmp_path, 0.78 + up, validation=0.79, projected=0.4, method="permavg", temperature=1.0, **same)
+    return tmp_path
+
+
+def read(folder: Path) -> pd.DataFrame:
+    return usable_results(folder, "parameter_averaging", pa.CONFIG, pa.METRICS)[0]
+
+
+def only(folder: Path) -> Setting:
+    (setting,) = pa.settings(read(folder))
+    return setting
+
+
+@pytest.fixture(scope="module")
+def df(results: Path) -> pd.DataFrame:
+    return read(results)
+
+
+@pytest.fixture(scope="module")
+def setting(results: Path) -> Setting:
+    return only(results)
+
+
+@pytest.fixture(scope="module")
+def finding(df: pd.DataFrame) -> figure.Finding:
+    return pa.findings(df)["digits-mlp"]
+
+
+def pair_of(setting: Setting, other: str, size: int = 3, thesis: bool = False) -> pa.Comparison:
+    (pair,) = (one for one in pa.comparisons(setting, thesis) if (one.other, one.size) == (other, size))
+    return pair
+
+
+def test_a_setting_is_the_whole_configuration_but_what_is_varied() -> None:
+    assert set(pa.CONFIG) == {field.name for field in dataclasses.fields(Config)} - set(Config.INCIDENTAL)
+
+
+def test_every_run_of_every_grid_has_an_arm_of_its_own_name() -> None:
+    for configs in GRIDS.values():
+        arms = {pa._arm(c.method, c.start or "", c.matching or "", c.temperature or np.nan) for c in configs}
+        assert arms <= set(pa.ARMS)
+    assert arms == set(pa.ARMS) - {"thesis"}  # that grid's temperature is 0.1
+
+
+def test_the_last_epoch_of_a_run_is_measured_whether_it_trains_or_not(setting: Setting) -> None:
+    runs = setting.runs.query("seed == 2 and form == '' and ensemble_size == 3").set_index("label")
+    assert runs.loc["best single network", "test_accuracy"] == pytest.approx(84)
+    trained = runs.loc["PermAVG T = 0.1"]
+    assert (trained["test_accuracy"], trained["validation_accuracy"]) == pytest.approx((89, 80))  # not epoch 0's 50
+    assert trained["test_nll"] == pytest.approx(0.11)
+
+
+def test_time_is_that_of_the_networks_of_matching_and_of_training_after(setting: Setting) -> None:
+    runs = setting.runs.query("seed == 0 and form == '' and ensemble_size == 3").set_index("label")["total_seconds"]
+    assert runs["deep ensemble"] == 30
+    assert runs["weight matching to mean"] == 30.5
+    assert runs["PermAVG T = 0.1"] == 30 + 3 * 2
+    assert runs["PermAVG T = 0.1 from matched"] == 30 + 0.5 + 3 * 2
+
+
+def test_what_is_projected_is_a_form_of_its_own_and_never_chosen(setting: Setting) -> None:
+    by_label = setting.runs[setting.runs["ensemble_size"] == 3].groupby("label")["test_accuracy"].mean()
+    assert by_label["PermAVG T = 0.1"] == pytest.approx(87.5)
+    assert by_label["PermAVG T = 0.1, projected"] == pytest.approx(61.5)
+    for thesis in (False, True):  # the projected form of PermAVG from matched has the best validation of all
+        assert {form for pair in pa.comparisons(setting, thesis) for form in pair.ours["form"]} == {""}
+    assert set(pa.best_of_arms(setting)["form"]) == {""}
+    before, after = pa._projections(setting, 3)[0]
+    assert (
+        set(before["form"]) == {""} and set(after["form"]) == {"_projected"} and set(before["arm"]) == set(after["arm"])
+    )
+
+
+def test_stale_statistics_are_a_form_of_their_own(tmp_path: Path) -> None:
+    write(tmp_path, 0.8, stale=0.3, method="naive_average", model="cnn")
+    runs = only(tmp_path).runs.set_index("label")["test_accuracy"]
+    assert dict(runs) == pytest.approx({"naive average": 80, "naive average, stale BatchNorm": 30})
+
+
+def test_cells_are_in_order_with_the_first_network_before_all(setting: Setting) -> None:
+    assert [cell.label for cell in pa.cells(setting, 3)] == [
+        "first single network", "best single network", "deep ensemble", "naive average", "weight matching to mean",
+        "weight matching to first", "PermAVG T = 0.1", "PermAVG T = 0.1 from matched", "PermAVG T = 1 (thesis)",
+        "distillation", "fine-tuned best single", "fine-tuned average", "fine-tuned matched average", "free mixing",
+        "PermAVG T = 0.1, projected", "PermAVG T = 0.1 from matched, projected", "PermAVG T = 1 (thesis), projected",
+    ]  # fmt: skip
+
+
+def test_what_tells_configurations_of_an_arm_apart_is_named_and_nothing_else(tmp_path: Path) -> None:
+    for extra in ({}, {"extra_epochs": 6}, {"matching": "first", **MATCHED}, {"temperature": 0.2}):
+        write(tmp_path, 0.8, method="permavg", **extra)
+    write(tmp_path, 0.8, method="distillation", extra_learning_rate=0.05)
+    assert list(only(tmp_path).runs["label"]) == [
+        "PermAVG T = 0.1, extra epochs 3", "PermAVG T = 0.1, extra epochs 6", "PermAVG T = 0.2, extra epochs 3",
+        "PermAVG T = 0.1 from matched", "distillation",
+    ]  # fmt: skip
+
+
+def test_permavg_and_what_it_is_compared_with_are_chosen_on_validation(setting: Setting) -> None:
+    pairs = pa.comparisons(setting)
+    assert {pair.ours["label"].iloc[0] for pair in pairs} == {"PermAVG T = 0.1 from matched"}  # not the best on test
+    assert pairs[0].ours["candidates"].iloc[0] == 3
+    assert pair_of(setting, "fine_tuned_average").others["label"].iloc[0] == "fine-tuned matched average"
+    assert pair_of(setting, "weight_matching").others["label"].iloc[0] == "weight matching to mean"
+    assert {pair.ours["label"].iloc[0] for pair in pa.comparisons(setting, True)} == {"PermAVG T = 1 (thesis)"}
+    assert [(pair.other, pair.size) for pair in pairs] == [(other, size) for other in pa.OTHERS for size in (2, 3)]
+
+
+def test_what_trains_is_compared_at_equal_extra_epochs(results: Path, tmp_path: Path) -> None:
+    results = shutil.copytree(results, tmp_path / "more")
+    for seed in range(4):
+        longer = {"ensemble_size": 3, "seed": seed, "extra_epochs": 9}
+        write(results, 0.99, method="distillation", **longer)
+        write(results, 0.5, method="permavg", **longer)
+    setting = only(results)
+    assert pair_of(setting, "distillation").others["test_accuracy"].mean() == pytest.approx(85.5)
+    # one seed is not chosen
+    write(results, 0.99, method="permavg", ensemble_size=3, seed=4, extra_epochs=12)
+    assert pair_of(only(results), "distillation").ours["extra_epochs"].iloc[0] == 3
+
+
+def test_a_paired_difference_and_its_interval_are_those_of_scipy(setting: Setting) -> None:
+    pair = pair_of(setting, "single")
+    each = 100 * (np.array([0.83, 0.85, 0.89, 0.87]) - np.array([0.81, 0.82, 0.84, 0.83]))
+    low, high = stats.ttest_1samp(each, 0).confidence_interval(0.95)
+    shuffled = pair._replace(ours=pair.ours.sort_values("seed", ascending=False))  # seeds are paired, not rows
+    found = shuffled.difference("test_accuracy")
+    assert (found.mean, found.mean - found.half, found.mean + found.half) == pytest.approx((each.mean(), low, high))
+    table = pa.summarise_differences(setting)
+    row = table[(table["networks"] == "3") & (table["less"] == "best single network")].iloc[0]
+    assert row["final test accuracy (points)"] == f"**{each.mean():+.2f} ({low:+.2f} to {high:+.2f})**"
+
+
+def test_sentences_say_what_is_better_worse_and_not_shown(finding: figure.Finding) -> None:
+    accuracy = next(line for line in finding.sentences if line.startswith("PermAVG T = 0.1 from matched, best of 3"))
+    assert (
+        "of 3 networks, at equal extra epochs (3), test accuracy: better than best single network (+3.50 points,"
+        in accuracy
+    )
+    better, none = accuracy.split("; no difference is shown from ")
+    assert "fine-tuned best single (" in better and "naive average (" not in none and "worse than" not in better
+    assert f"deep ensemble ({MINUS}2.00 points, {MINUS}6.11 to +2.11)" in none and "distillation (+0.50" in none
+    thesis = next(line for line in finding.sentences if line.startswith("PermAVG T = 1 (thesis)"))
+    assert f"worse than best single network ({MINUS}3.00 points, {MINUS}3.00 to {MINUS}3.00)" in thesis
+    # all constant differences leave 0 out: of eight methods, two sizes and two measures
+    counted = next(line for line in finding.sentences if "such intervals" in line)
+    assert "of 32 such intervals leave 0 out" in counted and "where 1.6 would be expected" in counted
+
+
+def test_a_lower_nll_is_in_favour() -> None:
+    assert pa.in_favour(pa.Difference(-0.2, 0.1, 3), "test_nll") and pa.in_favour(
+        pa.Difference(2, 1, 3), "test_accuracy"
+    )
+    assert not pa.in_favour(pa.Difference(0.2, 0.1, 3), "test_nll")
+    assert not pa.in_favour(pa.Difference(0.2, 0.3, 3), "test_accuracy")
+
+
+def test_size_and_speed_are_beside_those_of_one_network_and_of_the_ensemble(finding: figure.Finding) -> None:
+    last = finding.sentences[-1]
+    assert "has 100 parameters" in last
+    assert (
+        "1 and 0.50 ± 0.00 times those of one plain network and 0.333 and 2.00 ± 0.00 times those of the deep" in last
+    )
+    ours, other = (pd.DataFrame({"seed": seeds, "device_name": devices, "inference_images_per_second": speeds})
+                   for seeds, devices, speeds in (([0, 1], "cpu", [10, 30]), ([1, 0], ["cpu", "gpu"], [15, 1])))  # fmt: skip
+    assert dict(pa.relative_speed(ours, other, "cpu")) == {1: 2.0}
+
+
+def test_two_seeds_state_no_interval_and_absent_references_are_named(tmp_path: Path) -> None:
+    for seed in range(2):
+        write(tmp_path, 0.8 + 0.1 * seed, method="naive_average", ensemble_size=3, seed=seed)
+        write(tmp_path, 0.7 + 0.2 * seed, method="permavg", ensemble_size=3, seed=seed)
+    finding = pa.findings(read(tmp_path))["digits-mlp"]
+    assert "There is no best single network and deep ensemble to compare with." in finding.sentences[0]
+    assert any(line.startswith("No interval is known") for line in finding.sentences)
+    assert f"| naive average | 2 | {MINUS}5.00 | +0.050 |" in finding.table
+
+
+def test_the_main_number_of_networks_is_3_or_the_one_of_most_runs(results: Path, tmp_path: Path) -> None:
+    assert pa.main_size(only(results)) == 3
+    for size, seeds in ((2, 1), (4, 2), (8, 2)):
+        for seed in range(seeds):
+            write(tmp_path / "other", 0.8, method="deep_ensemble", ensemble_size=size, seed=seed)
+    assert pa.main_size(only(tmp_path / "other")) == 8
+
+
+def test_barriers_and_lines_are_those_of_the_runs(df: pd.DataFrame) -> None:
+    lines = pa.summarise_lines(df)
+    plain = lines[~lines["matched"]].query("seed == 0")
+    assert plain["share"].tolist() == [0, 0.5, 1] and plain["test_accuracy"].tolist() == pytest.approx([90, 50, 80])
+    assert plain["test_nll"].tolist() == pytest.approx([0.1, 0.5, 0.2])
+    assert pa._barriers(lines) == (
+        "the barrier of test accuracy is 35.00 ± 0.00 as they are and 10.00 ± 0.00 matched (points), "
+        "the barrier of test NLL is 0.350 ± 0.000 as they are and 0.100 ± 0.000 matched (nats)"
+    )
+
+
+def test_matrices_are_means_over_members_and_pictures_are_square(df: pd.DataFrame, setting: Setting) -> None:
+    runs = setting.runs.query("label == 'PermAVG T = 1 (thesis)' and ensemble_size == 3").set_index("seed")["run_id"]
+    matrices = pa.summarise_matrices(df).set_index("run_id").loc[runs[1]]
+    assert (matrices["layer"], matrices["row_max"], matrices["unique_argmax"]) == pytest.approx((1, 0.3, 50))
+    assert pa.picture(df, runs[0], "picture").tolist() == [[1, 0], [0, 0.5]]
+    assert pa.picture(df, runs[1], "picture") is None
+
+
+def test_a_matrix_with_signs_has_0_in_the_middle_of_its_scale() -> None:
+    norm, _ = pa.norm_of_matrix(np.array([[1.5, -0.2]]))
+    assert (norm(0), norm(-1.5), norm(1.5)) == pytest.approx((0.5, 0, 1))
+    norm, _ = pa.norm_of_matrix(np.array([[0.9, 0.0]]))
+    assert (norm(0.0), norm(0.01), norm(1)) == pytest.approx((0, 0.5, 1))
+
+
+def test_an_axis_holds_all_but_what_lies_far_from_the_rest() -> None:
+    near = [(90, 89, 91), (91, 90, 92), (92, 91, 93), (88, 88, 88)]
+    assert pa.span_of(near) == pytest.approx((87.75, 93.25))
+    assert pa.span_of([*near, (50, 40, 60)]) == pytest.approx((87.75, 93.25))
+    assert pa.span_of([(1, 1, 1)]) == (0.5, 1.5)
+
+
+def test_a_row_is_its_seeds_mean_and_interval_or_written_at_the_edge(setting: Setting) -> None:
+    every = pa.cells(setting, 3)
+    with figure.style():
+        ax = pa.draw_methods(every, figure.new_figure(3, 3).add_subplot(), measure="test_accuracy")
+    labels = [label.get_text() for label in ax.get_yticklabels()]
+    assert labels[:2] == ["nothing trained", "first single network"]
+    assert {"trained for 3 epochs more", "projected, nothing trained after"} <= set(labels)
+    first = next(line for line in ax.lines if len(line.get_xdata()) == 4)
+    assert first.get_xdata() == pytest.approx([80, 81, 83, 82])
+    interval = stats.ttest_1samp([80, 81, 83, 82], 0).confidence_interval(0.95)
+    assert ax.collections[0].get_segments()[0][:, 0] == pytest.approx(tuple(interval))
+    edge = [text.get_text() for text in ax.texts]
+    assert {"\N{LEFTWARDS ARROW} 13.00 ± 2.58", "\N{LEFTWARDS ARROW} 40.00 ± 0.00"} <= set(edge)
+    drawn = [line for line in ax.lines if len(line.get_xdata()) == 4]
+    assert len(drawn) + len(edge) == len(every)  # each has one or the other
+
+
+def test_every_kind_of_figure_is_there_with_n_and_the_setting(df: pd.DataFrame) -> None:
+    lone = df[(df["method"] == "distillation") & (df["ensemble_size"] == 3) & (df["seed"] == 3)]["run_id"].iloc[0]
+    with figure.style():
+        drawn = list(pa.figures(df[df["run_id"] != lone]))
+    assert [name.partition("/")[2] for name, _, _ in drawn] == [
+        "size", "methods", "differences", "differences_thesis", "projection", "barriers", "matrices", "matrices_summary",
+        "cost", "reliability", "training",
+    ]  # fmt: skip
+    uneven = {"size", "methods", "differences", "differences_thesis", "cost", "reliability", "training"}
+    for name, caption, _ in drawn:
+        short = name.partition("/")[2]
+        n = "seed 0" if short == "matrices" else "n = 3 to 4 " if short in uneven else "n = 4 "
+        assert n in caption and "Setting: digits (here), mlp with 1 hidden layer of 8" in caption, name
+    captions = {name.partition("/")[2]: caption for name, caption, _ in drawn}
+    assert (
+        "of 2 networks PermAVG T = 0.1 from matched; of 3 networks PermAVG T = 0.1 from matched"
+        in captions["differences"]
+    )
+    assert "None of the 32 intervals is corrected" in captions["differences"]
+    assert "35.00 ± 0.00 as they are" in captions["barriers"]
+
+
+def test_one_run_alone_draws_what_it_can(tmp_path: Path) -> None:
+    write(tmp_path, 0.8, method="deep_ensemble", ensemble_size=3)
+    with figure.style():
+        names = [name.partition("/")[2] for name, _, _ in pa.figures(read(tmp_path))]
+    assert names == ["methods", "cost", "reliability"]
+    assert pa.findings(read(tmp_path))["digits-mlp"].sentences
+
+
+def test_no_seed_in_common_is_said(tmp_path: Path) -> None:
+    write(tmp_path, 0.8, method="naive_average", seed=0, ensemble_size=3)
+    write(tmp_path, 0.8, method="permavg", seed=1)
+    sentences = pa.findings(read(tmp_path))["digits-mlp"].sentences
+    assert any("too few seeds to tell from naive average (no seed in common)" in line for line in sentences)
+    with figure.style():
+        captions = {name.partition("/")[2]: caption for name, caption, _ in pa.figures(read(tmp_path))}
+    assert "n = 0 paired seeds" in captions["differences"]
+
+
+def test_single_networks_alone_are_no_setting(tmp_path: Path) -> None:
+    write(tmp_path, 0.8, method="single", ensemble_size=1)
+    assert not list(pa.figures(read(tmp_path))) and not pa.findings(read(tmp_path))
+
+
+def test_cost_is_of_one_device(tmp_path: Path) -> None:
+    for seed in range(3):
+        write(tmp_path, 0.8, method="deep_ensemble", ensemble_size=3, seed=seed)
+    write(tmp_path, 0.7, method="naive_average", ensemble_size=3, device="another")
+    with figure.style():
+        drawn = {name.partition("/")[2]: (caption, drawing) for name, caption, drawing in pa.figures(read(tmp_path))}
+    caption, drawing = drawn["cost"]
+    assert "Measured on cpu; runs on other devices are left out" in caption and "n = 3 seeds" in caption
+    colours = {line.get_color() for ax in drawing.axes for line in ax.lines}
+    assert colours == {pa.ARMS["deep_ensemble"].colour}
+
+
+def test_networks_from_files_are_settings_of_their_own(tmp_path: Path) -> None:
+    write(tmp_path, 0.8, method="naive_average")
+    for name in "ab":
+        files = [tmp_path / f"{name}{i}.pt" for i in range(3)]
+        for file in files:
+            file.write_text(file.name)
+        write(tmp_path, 0.8, method="naive_average", base_weights=tuple(files))
+    names = [setting.name for setting in pa.settings(read(tmp_path))]
+    assert len(names) == 3 and names[-1] == "digits-mlp-epochs_3-base_digest_none"
+    assert all(name.startswith("digits-mlp-epochs_0-base_digest_") for name in names[:2])
+
+
+def test_another_model_beside_it_changes_no_name(tmp_path: Path) -> None:
+    for depth in (1, 2):
+        write(tmp_path, 0.8, method="naive_average", depth=depth)
+    alone = [setting.name for setting in pa.settings(read(tmp_path))]
+    write(tmp_path, 0.8, method="naive_average", model="cnn")
+    assert alone == ["digits-mlp-depth_1", "digits-mlp-depth_2"]
+    assert [setting.name for setting in pa.settings(read(tmp_path))] == ["digits-cnn", *alone]
+
+
+def test_figures_are_the_same_bytes_on_any_day(tmp_path: Path) -> None:
+    write(tmp_path, 0.8, method="deep_ensemble", ensemble_size=3)
+    digests = []
+    for day in ("a", "b"):
+        with figure.style():
+            name, _, drawing = next(pa.figures(read(tmp_path)))
+            files = figure.save(drawing, tmp_path / day / name)
+        digests.append([hashlib.sha256(path.read_bytes()).hexdigest() for path in files])
+    assert digests[0] == digests[1]
+
+
+def test_it_is_an_experiment_and_imports_no_torch() -> None:
+    code = "import sys; from plots import parameter_averaging; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, timeout=60).returncode == 0
+    assert "parameter_averaging" in experiments()
