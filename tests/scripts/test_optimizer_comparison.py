@@ -11,7 +11,7 @@ from batchens.grid import run_id
 from batchens.results import damage
 from batchens.run import Folders, Run
 from scripts import optimizer_comparison
-from scripts.optimizer_comparison import GRIDS, Config
+from scripts.optimizer_comparison import GRIDS, USUAL, Config
 
 
 def test_a_field_that_a_method_or_optimizer_has_no_use_for_makes_no_other_run():
@@ -22,6 +22,14 @@ def test_a_field_that_a_method_or_optimizer_has_no_use_for_makes_no_other_run():
     assert Config(optimizer="sgd", beta2=0.9) == Config(optimizer="sgd")
     for name in ("adam", "ivon"):
         assert Config(optimizer=name, beta2=0.9) != Config(optimizer=name)
+
+
+def test_what_is_not_given_is_what_the_optimizer_is_usually_run_with():
+    for name, usual in USUAL.items():
+        config = Config(optimizer=name)
+        assert {field: getattr(config, field) for field in usual} == usual
+        assert Config(optimizer=name, learning_rate=0.7).learning_rate == 0.7
+        assert all(replace(config, optimizer=name) == config for _ in range(2))
 
 
 def test_every_field_but_three_decides_the_id():
