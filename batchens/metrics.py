@@ -21,15 +21,16 @@ def measure(log_probs: Tensor, labels: Tensor) -> list[dict[str, Any]]:
     """
     log_probs = log_probs.double()
     ensemble_size = len(log_probs)
-    rows = [{"member": m, **_of_one(log_probs[m], labels)} for m in range(ensemble_size)]
-    ensemble: dict[str, Any] = {"member": None, **_of_one(mixture(log_probs), labels)}
+    rows = [{"member": m, **score(log_probs[m], labels)} for m in range(ensemble_size)]
+    ensemble: dict[str, Any] = {"member": None, **score(mixture(log_probs), labels)}
     if ensemble_size > 1:
         ensemble["disagreement"] = disagreement(log_probs)
         ensemble["epistemic"] = epistemic(log_probs)
     return [*rows, ensemble]
 
 
-def _of_one(log_probs: Tensor, labels: Tensor) -> dict[str, Any]:
+def score(log_probs: Tensor, labels: Tensor) -> dict[str, Any]:
+    """Return the metrics of one prediction, (examples, classes), those between members being None."""
     return {
         "accuracy": accuracy(log_probs, labels),
         "nll": nll(log_probs, labels),

@@ -5,6 +5,8 @@ IVON comes from `ivon-opt` (Shen et al. 2024, arXiv:2402.17641); its traps are h
 - gradients must be made inside `sampled_params(train=True)`: `step` does so, and nothing else in the suite steps;
 - a parameter without a gradient, which the loss did not depend on, stops it with an AttributeError: `step` makes it a zero;
 - `sampled_params` leaves the noisy weights in place when something is raised inside: `sampled` puts the means back;
+- BatchNorm gathers its running statistics at samples, and at the mean they are used as they are: estimated anew on digits, they
+  changed the NLL by less than 0.003;
 - its state_dict forgets the step count, which its debiasing needs, and loads its buffers onto the device they were saved
   from: `state_of` and `load_state` see to both.
 """

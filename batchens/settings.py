@@ -1,5 +1,6 @@
 """What the settings that every training on images has must be. Imports no torch: asked before anything is submitted."""
 
+import math
 from typing import Any
 
 from batchens.data.catalog import DATASETS
@@ -18,8 +19,10 @@ def check(config: Any) -> None:
             raise ValueError(f"{name} must be at least {least}, however: {getattr(config, name)}")
     if not config.warmup_epochs < config.epochs:
         raise ValueError(f"warmup_epochs must be below epochs={config.epochs}, however: {config.warmup_epochs}")
-    if not config.learning_rate > 0:
-        raise ValueError(f"learning_rate must be positive, however: {config.learning_rate}")
+    if not 0 < config.learning_rate < math.inf:
+        raise ValueError(f"learning_rate must be positive and finite, however: {config.learning_rate}")
+    if not 0 <= config.momentum < 1:
+        raise ValueError(f"momentum must be at least 0 and below 1, however: {config.momentum}")
     for name in ("alpha_init", "gamma_init"):
         value = getattr(config, name, None)
         if value is not None and not value <= 1:

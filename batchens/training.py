@@ -7,6 +7,7 @@ same numbers, bit for bit, as one that never stopped. At most the running epoch 
 
 import ctypes
 import errno
+import math
 import pickle
 import sys
 import time
@@ -28,7 +29,7 @@ from batchens.data.catalog import DATASETS
 from batchens.data.images import Images, normalise
 from batchens.files import replacing
 from batchens.layers import members, repeat
-from batchens.metrics import measure, mixture, reliability
+from batchens.metrics import measure, mixture, reliability, score
 from batchens.models.deep_ensemble import DeepEnsemble
 from batchens.results import CURVE, numbers
 
@@ -263,12 +264,14 @@ def fit(
             if epoch == epochs and posterior_samples:
                 assert isinstance(optimizer, IVON)
                 for split in evaluated:
-                    draws_of = []
+                    total: Tensor | None = None  # of all draws at once, 64 of 8 members, CIFAR-100 would be 4 GB
                     for _ in range(posterior_samples):
                         with optimizers.sampled(optimizer):
-                            draws_of.append(predict(model, images, split, ensemble_size, dtype))
-                    averaged = measure(torch.cat(draws_of), getattr(images, split).labels)[-1]
-                    new.append({"epoch": epoch, "split": f"{split}_posterior", **averaged, **costs})
+                            drawn = mixture(predict(model, images, split, ensemble_size, dtype).double())
+                        total = drawn if total is None else total.logaddexp(drawn)
+                    assert total is not None
+                    averaged = score(total - math.log(posterior_samples), getattr(images, split).labels)
+                    new.append({"epoch": epoch, "split": f"{split}_posterior", "member": None, **averaged, **costs})
             rows += new
             saved.save(rows)
             on_epoch(new)

@@ -1,8 +1,8 @@
 """Draw every figure of an experiment, or of all that have results, from their CSV files: python -m plots [EXPERIMENT].
 
 Written are <results>/figures/<experiment>/<setting>/<name>.png and .pdf, and beside them a README.md with what was found
-and every caption; then <results>/figures/index.html, a page with all of them. An experiment is a module of this package
-that has
+and every caption; then <results>/figures/index.html, a page with all of them. `python -m plots findings` writes FINDINGS.md
+beside the folder of results (`plots/findings.py`). An experiment is a module of this package that has
 
     CONFIG          the columns that every row of a result must state
     METRICS         the columns of its metrics, where they are not those of classification
@@ -19,7 +19,7 @@ from batchens.files import results_folder, write_text
 from batchens.results import METRICS
 
 PACKAGE = Path(__file__).parent
-WHICH = "one of {}; without it, all that have results"
+WHICH = "one of {}; without it, all that have results; or findings, to write FINDINGS.md"
 WAY_OUT = "make some with `python -m jobs submit {} --grid demo --cluster local`, or name another with --results"
 
 
@@ -40,7 +40,9 @@ def draw(experiment: str, results: Path, command: str) -> None:
         ValueError: there is no such experiment, or no result of it.
     """
     if experiment not in experiments():
-        raise ValueError(f"an experiment must be one of {', '.join(experiments())}, however: {experiment}")
+        raise ValueError(
+            f"an experiment must be one of {', '.join(experiments())} (or findings), however: {experiment}"
+        )
     way_out = WAY_OUT.format(experiment)
     if not has_results(experiment, results):
         raise ValueError(f"figures are drawn from results, however {results / experiment} holds none; {way_out}")
@@ -138,6 +140,11 @@ def main() -> int:
     results = results.absolute()
     page = page or results / "figures" / "index.html"
     try:
+        if experiment == "findings":
+            from plots.findings import write_findings
+
+            print(f"written: {write_findings(results)}")
+            return 0
         if experiment is None:
             good = draw_all(results, command)
         else:

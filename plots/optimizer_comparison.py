@@ -103,6 +103,11 @@ def summarise_runs(df: pd.DataFrame) -> pd.DataFrame:
         parts.append(summarise_image_runs(renamed, CONFIG).assign(arm=POSTERIOR))
     runs = pd.concat(parts, ignore_index=True)
     runs["name"] = [method_name(*of) for of in runs[["method", "ensemble_size"]].itertuples(index=False)]
+    epochs = df[(df["split"] == "train") & (df["member"] == 0)]
+    steps = (
+        (epochs["seconds"] * epochs["images_per_second"] / epochs["batch_size"]).round().groupby(epochs["run_id"]).sum()
+    )
+    runs["steps"] = runs["run_id"].map(steps)
     return runs
 
 
@@ -579,11 +584,29 @@ def _sentences(setting: Setting, every: Sequence[Arm], reached: Mapping[str, pd.
             for name, one in mine.groupby("arm", sort=False)
         ]
         lines.append(f"To {level:.1f} % on validation, {method}: {'; '.join(times)}.")
+    if moved := _hessians_way(setting.runs):
+        lines.append(moved)
     lines.append(
         f"All of it at one budget, {epochs} of a schedule that ends there: of longer training, and of how optimizers compare "
         "where networks converge, it says nothing."
     )
     return lines
+
+
+def _hessians_way(runs: pd.DataFrame) -> str:
+    """Return how far IVON's estimate of the Hessian can have gone: in few steps it stays what it was set to."""
+    ivon = runs[runs["arm"] == "ivon"]
+    ways = 100 * (1 - ivon["beta2"] ** ivon["steps"])
+    if ivon.empty or ways.isna().any():
+        return ""
+    way, steps = (
+        " to ".join(dict.fromkeys(f"{value:,.0f}" for value in (values.min(), values.max())))
+        for values in (ways, ivon["steps"])
+    )
+    return (
+        f"IVON's Hessian, an average that decays with beta2, has in {steps} steps gone {way} % of its way from hess_init; as "
+        "far as it has not, its posterior has a variance that was set and not learned."
+    )
 
 
 def _by_rate(some: Sequence[Arm]) -> str:

@@ -289,7 +289,7 @@ def _in_words(arm: pd.DataFrame) -> str:
 
 def _alpha_gamma_figures(setting: Setting, df: pd.DataFrame) -> Figures:
     """Figures 1 to 4 of the original study, for each ensemble size and learning rate with several alphas and gammas."""
-    for i, plane in enumerate(_planes(setting.runs)):
+    for i, plane in enumerate(planes(setting.runs)):
         size, rate = int(plane["size"].iloc[0]), plane["learning_rate"].iloc[0]
         same_rate = setting.runs[setting.runs["learning_rate"] == rate]
         references = same_rate[
@@ -330,7 +330,7 @@ def _alpha_gamma_figures(setting: Setting, df: pd.DataFrame) -> Figures:
             yield name, " ".join(caption), figure
 
 
-def _planes(runs: pd.DataFrame) -> list[pd.DataFrame]:
+def planes(runs: pd.DataFrame) -> list[pd.DataFrame]:
     """Return the BatchEnsembles of each size and learning rate that have several alphas and gammas, the fullest first."""
     fast = runs[runs["arm"] == "batchensemble"]
     planes = [(len(plane.drop_duplicates(CELL)), key, plane) for key, plane in fast.groupby(["size", "learning_rate"])]
@@ -457,7 +457,7 @@ def _comparison_figures(setting: Setting, df: pd.DataFrame) -> Figures:
     main = pd.concat(list(arms.values()))
     n = counted(len(arm) for arm in arms.values())
     chosen = f"Chosen {ON_VALIDATION}: {listed([_in_words(arm) for arm in arms.values()])}."
-    cells = [cell for plane in _planes(runs)[:1] for _, cell in plane.groupby(CELL, dropna=False)]
+    cells = [cell for plane in planes(runs)[:1] for _, cell in plane.groupby(CELL, dropna=False)]
     cells = [cell for cell in cells if not set(cell["run_id"]) & set(main["run_id"])]
     others = (
         f" Open: {len(cells)} BatchEnsembles of other alpha and gamma (learning rate {_rate(cells)})." if cells else ""

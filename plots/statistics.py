@@ -9,6 +9,11 @@ from scipy import stats
 
 def paired_difference(runs: pd.DataFrame, others: pd.DataFrame, measure: str) -> tuple[float, float, int]:
     """Return the mean difference over equal seeds, its standard error (nan for fewer than 3 pairs), and how many pairs."""
+    for each in (runs, others):
+        if each["seed"].duplicated().any():
+            raise ValueError(
+                "a seed must stand once on each side of a paired difference, however one stands more often"
+            )
     pairs = runs.set_index("seed")[measure] - others.set_index("seed")[measure]
     pairs = pairs.dropna()
     error = pairs.std() / np.sqrt(len(pairs)) if len(pairs) >= 3 else np.nan
@@ -29,8 +34,8 @@ class Difference(NamedTuple):
 
     @property
     def shown(self) -> bool:
-        """Whether the interval leaves 0 out."""
-        return bool(abs(self.mean) > self.half)
+        """Whether the interval leaves 0 out; one of no width, of seeds that happen to differ alike, shows nothing."""
+        return bool(abs(self.mean) > self.half > 0)
 
 
 def difference(runs: pd.DataFrame, others: pd.DataFrame, measure: str) -> Difference:

@@ -23,7 +23,9 @@ from plots.reading import usable_results
 from scripts.optimizer_comparison import Config
 
 ROOT = Path(__file__).parents[2]
-SMALL = Config(method="batchensemble", optimizer="ivon", epochs=2, batch_size=64, posterior_samples=16)
+SMALL = Config(
+    method="batchensemble", optimizer="ivon", learning_rate=0.1, epochs=2, batch_size=64, posterior_samples=16
+)
 MINUS = "\N{MINUS SIGN}"
 RATES = {"sgd": (0.1, 0.3), "adam": (0.003, 0.01), "ivon": (0.1, 0.3, 1.0)}
 
@@ -376,3 +378,10 @@ def test_plots_import_no_torch() -> None:
     code = "import sys; from plots import optimizer_comparison; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, timeout=60).returncode == 0
     assert "optimizer_comparison" in experiments()
+
+
+def test_how_far_the_hessian_can_have_gone_is_said_and_only_of_ivon() -> None:
+    runs = pd.DataFrame({"arm": ["sgd", "ivon", "ivon"], "beta2": [0.999, 0.99, 0.99], "steps": [1000, 100, 1000]})
+    assert " in 100 to 1,000 steps gone 63 to 100 % of its way " in oc._hessians_way(runs)  # 1 - 0.99^100 = 0.634
+    assert oc._hessians_way(runs[:1]) == ""
+    assert oc._hessians_way(runs.assign(steps=float("nan"))) == ""

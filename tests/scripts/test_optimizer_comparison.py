@@ -132,7 +132,7 @@ def test_networks_start_from_the_same_point_whatever_the_method():
         (["--optimizer", "ivon", "--beta2", "1"], "beta2 must be above 0 and below 1, however: 1.0"),
         (["--optimizer", "ivon", "--hess-init", "0"], "hess_init must be above 0, however: 0.0"),
         (["--model", "vgg11"], "vgg11 takes images of 28x28 or 32x32, however digits has smaller ones"),
-        (["--learning-rate", "0"], "learning_rate must be positive, however: 0.0"),
+        (["--learning-rate", "0"], "learning_rate must be positive and finite, however: 0.0"),
         (["--batch-size", "2000"], "batch_size must be at most the number of training images, however: 2000 > 1257"),
     ],
 )

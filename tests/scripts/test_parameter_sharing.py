@@ -194,7 +194,7 @@ def test_settings_and_grids_need_no_torch(python):
         (["--regime", "across"], "across"),
         (["--epochs", "0"], "epochs must be at least 1, however: 0"),
         (["--ensemble-size", "1"], "ensemble_size must be at least 2, however: 1"),
-        (["--learning-rate", "-1"], "learning_rate must be positive, however: -1.0"),
+        (["--learning-rate", "-1"], "learning_rate must be positive and finite, however: -1.0"),
         (["--ties", "part", "--fraction", "1"], "fraction must be between 0 and 1 where part is tied, however: 1.0"),
         (["--ties", "part", "--fraction", "0.001"], "0 of 128 would be tied"),
         (
