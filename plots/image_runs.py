@@ -361,7 +361,7 @@ def two_curves(epochs: pd.DataFrame, looks: Mapping[str, Look] = LOOKS) -> Figur
     """Return a figure of training NLL and validation accuracy by epoch."""
     figure = new_figure(TEXT_WIDTH, 2.6)
     axes = figure.subplots(1, 2)
-    draw_curves(epochs, axes[0], measure="train_nll", looks=looks).set_yscale("log")
+    logarithmic_losses(draw_curves(epochs, axes[0], measure="train_nll", looks=looks))
     draw_curves(epochs, axes[1], measure="validation_accuracy", looks=looks)
     legend(figure, set(epochs["arm"]), looks, lines=looks)
     return figure
@@ -402,6 +402,15 @@ def logarithmic(ax: Axes) -> None:
     ax.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     ax.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,g}"))
     ax.xaxis.set_minor_locator(NullLocator())
+
+
+def logarithmic_losses(ax: Axes) -> None:
+    """Make y logarithmic, with plain numbers; what is drawn is there already."""
+    ax.set_yscale("log")
+    low, high = ax.get_ylim()
+    ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)) if high > 5 * low else MaxNLocator(5))
+    ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    ax.yaxis.set_minor_locator(NullLocator())
 
 
 def legend(

@@ -16,7 +16,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, MaxNLocator, NullLocator
+from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
 
 from plots.figure import (
     DASHED,
@@ -48,6 +48,7 @@ from plots.image_runs import (
     draw_strip,
     label_rows,
     legend,
+    logarithmic_losses,
     provenance,
     setting_names,
     summarise_epochs,
@@ -713,11 +714,7 @@ def _scale(ax: Axes, measure: str) -> None:
     if measure.endswith("accuracy"):
         stretch(ax)
     else:
-        ax.set_yscale("log")
-        low, high = ax.get_ylim()
-        ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)) if high > 5 * low else MaxNLocator(5))
-        ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-        ax.yaxis.set_minor_locator(NullLocator())
+        logarithmic_losses(ax)
 
 
 def _rate_figures(every: Sequence[Arm], df: pd.DataFrame) -> Figures:

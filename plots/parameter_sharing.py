@@ -45,6 +45,7 @@ from plots.image_runs import (
     in_words,
     label_rows,
     logarithmic,
+    logarithmic_losses,
     provenance,
     reliability_diagrams,
     setting_names,
@@ -726,7 +727,7 @@ def _training(panels: dict[str, pd.DataFrame], epochs: pd.DataFrame) -> Figure:
         for ax, measure in zip(column, ("train_nll", "validation_accuracy"), strict=True):
             draw_curves(mine, ax, measure=measure, looks=OPTIONS)
             ax.label_outer()
-        column[0].set_yscale("log")
+        logarithmic_losses(column[0])
         column[0].set_title(f"tied {REGIMES[regime]}")
     _legend_of_options(figure, panels)
     return figure
