@@ -157,8 +157,13 @@ GRIDS = {
     # to try a new machine or cluster with
     "smoke": comparison(replace(DIGITS, epochs=2), {"single": (1,)}, seeds=[0]),
     "demo": comparison(DIGITS, {"single": (1,), "batchensemble": (4,)}),
-    # of so few steps the best are larger ones
-    "digits": comparison(replace(DIGITS, epochs=8), FULL, seeds=range(5), rates=5),
+    # of so few steps the best rates are larger ones
+    "digits": comparison(
+        replace(DIGITS, epochs=8),
+        {"single": (1,), "batchensemble": (2, 4), "deep_ensemble": (2, 4)},
+        seeds=range(5),
+        rates=5,
+    ),
     "cnn": comparison(replace(CIFAR, epochs=4, posterior_samples=16), {"single": (1,)}),
     # the original's 15 epochs, and four times as many, at which these networks converge
     "cnn_full": [config for epochs in (15, 60) for config in comparison(replace(CIFAR, epochs=epochs), FULL)],
