@@ -347,8 +347,9 @@ ITERATIONS, FLOOR = 100, 0.001  # the thesis'
 def sinkhorn(matrices: Tensor, temperature: float, *, iterations: int = ITERATIONS, tolerance: float = 1e-5) -> Tensor:
     """Turn square matrices into doubly stochastic ones: exp(A / temperature) + 0.001, rows and columns normalised in turn.
 
-    So many times, or until every row's sum is within `tolerance` of 1 before its columns are normalised, so that these sum to
-    1. The same numbers as the normalisations one by one, and their gradient, however with none of them written down:
+    So many times at most: fewer where every row's sum is within `tolerance` of 1 before the columns are normalised. That comes
+    last, so columns sum to 1, but for rounding, and rows nearly: how nearly after all of the iterations depends on the matrix.
+    The same numbers as the normalisations one by one, and their gradient, however with none of them written down:
     after one step in logarithms the normalisations are products of a fixed matrix with two vectors, whose changes are put
     into the matrix again from time to time, and the backward pass is as many such products and one product of matrices.
 
@@ -456,6 +457,7 @@ class AveragedNetwork(nn.Module):
     (whose units keep their places): "doubly_stochastic" ones, by `sinkhorn` (PermAVG), or "free" ones, the control. They
     start as the identity. At a low temperature that is near the identity when made doubly stochastic (512 units: 0.977 on the
     diagonal at 0.1), while at 1, where the thesis had it, all entries are almost equal (0.005 on the diagonal, 0.002 beside).
+    Columns of doubly stochastic matrices sum to 1 here, and their rows nearly (see `sinkhorn`).
 
     To start from matched networks, permute them before. The weights are averaged once a step, for one forward pass; once
     for all batches where no gradient is asked for. `export` returns them as an ordinary network.

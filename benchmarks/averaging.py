@@ -7,8 +7,9 @@ All forms run in turn, round after round, in one process; a number is the median
 the first form in the same round, with the smallest and largest. The forms:
 
     plain               one network 784-512-10
-    ours                batchens.averaging: weights averaged once, one forward pass; predictions by the exported network
-    thesis              100 normalisations of rows and columns one by one and a forward pass of every network, in each call
+    ours                batchens.averaging: weights averaged once, one forward pass; predictions by the exported network.
+                        Normalisation may end before 100 rounds, when rows and columns sum to 1 (`sinkhorn`, tolerance)
+    thesis              always 100 normalisations of rows and columns one by one, a forward pass of every network, in each call
     thesis, in logs     the same with logsumexp, which does not overflow
 """
 

@@ -4,7 +4,9 @@ A *setting* is everything that the experiment does not vary on purpose: data, ar
 which files they are from. Each setting has figures of its own. Its *arms* are the ways to make something of M networks, the
 forms of PermAVG each an arm of its own. An arm's runs may differ in more (temperature, what matching is with, extra epochs and
 their learning rate): where one line stands for an arm, and where methods are compared, it is the configuration that is best on
-validation (`image_runs.choose`), for PermAVG and for what it is compared with alike, at equal extra epochs.
+validation (`image_runs.choose`), for PermAVG and for what it is compared with alike, at equal extra epochs. Of learning rates
+of extra training the best is chosen everywhere but in the table, which has all. The longer single network is compared with
+PermAVG of its whole budget, the epochs of all networks and the extra ones.
 
 Some runs are measured in a second *form*: PermAVG with a permutation in the place of each matrix (projected), and averages
 whose BatchNorm statistics are averages too (stale). A form is never chosen and never compared as if it were the method.
@@ -87,7 +89,8 @@ ARMS = {
     "permavg_matched": Look("PermAVG from matched", "#00503A", "D", (0, (3, 1))),
     "thesis": Look("PermAVG as in the thesis", "#8FBC3F", "X", (0, (5, 1, 1, 1))),
     "distillation": Look("distillation", "#E69F00", "d"),
-    "fine_tuned_single": Look("fine-tuned best single", "#CC79A7", "8", (0, (3, 1))),
+    "longer": LOOKS["longer"],
+    "fine_tuned_single": Look("fine-tuned best single", "#882255", "8", (0, (3, 1))),
     "fine_tuned_average": Look("fine-tuned average", "#56B4E9", "<", (0, (5, 1, 1, 1))),
     "fine_tuned_matched": Look("fine-tuned matched average", "#0072B2", ">"),
     "mixing": Look("free mixing", "#B08FCB", "h", (0, (1, 1))),
@@ -102,6 +105,7 @@ OTHERS = {
     "single": "best single network",
     "deep_ensemble": "deep ensemble",
     "distillation": "distillation",
+    "longer": "single network, longer",
     "naive_average": "naive average",
     "weight_matching": "weight matching",
     "fine_tuned_single": "fine-tuned best single",
@@ -179,17 +183,21 @@ def settings(df: pd.DataFrame) -> list[Setting]:
     return sorted(Setting(name, *item) for name, item in zip(names, found, strict=True))
 
 
-def _labelled(runs: pd.DataFrame) -> pd.DataFrame:
+TOLD = {
+    "matching": "matched with the",
+    "extra_epochs": "extra epochs",
+    "extra_learning_rate": "extra learning rate",
+}
+
+
+def _labelled(runs: pd.DataFrame, told: Collection[str] = tuple(TOLD)) -> pd.DataFrame:
     """Add `label`: no more of what varies within an arm than it takes to tell its configurations apart; T always."""
     labels = []
-    told = {
-        "matching": "matched with the",
-        "extra_epochs": "extra epochs",
-        "extra_learning_rate": "extra learning rate",
-    }
     several = {}
     for arm, mine in runs.groupby("arm"):
         known = mine.assign(matching=mine["matching"].where(mine["ensemble_size"] > 2))  # of two, both ways are one
+        if arm == "longer":  # whose epochs are as many as M networks'
+            known["extra_epochs"] -= known["ensemble_size"] * known["epochs"]
         several[arm] = [name for name in told if known[name].nunique() > 1]
     for run in runs.to_dict("records"):
         arm = run["arm"]
@@ -200,7 +208,7 @@ def _labelled(runs: pd.DataFrame) -> pd.DataFrame:
         if arm == "single" and run["ensemble_size"] == 1:
             words = ["first single network"]
         for name in several[arm]:
-            words.append(f"{told[name]} {run[name] if name == 'matching' else number(run[name])}")
+            words.append(f"{TOLD[name]} {run[name] if name == 'matching' else number(run[name])}")
         labels.append(", ".join(words) + FORMS[run["form"]])
     order = {arm: i for i, arm in enumerate(ARMS)}
     ranks = runs.assign(label=labels, rank=runs["arm"].map(order), part=runs["form"].map(list(FORMS).index))
@@ -236,8 +244,15 @@ class Cell(NamedTuple):
 
 
 def cells(setting: Setting, size: int) -> list[Cell]:
-    """Return what is made of so many networks, the first of them before all else, forms of their own last."""
-    runs = setting.runs
+    """Return what is made of so many networks, the first of them before all else, forms of their own last.
+
+    Of configurations that differ in the learning rate of extra training alone there is the best on validation, of so many
+    `candidates`.
+    """
+    runs = _labelled(setting.runs, [name for name in TOLD if name != "extra_learning_rate"])
+    own = runs[runs["form"] == ""]
+    best = choose(own, [*CELL, "label"], ["label", "ensemble_size"])
+    runs = runs.merge(best[["run_id", "candidates"]], on="run_id")
     mine = runs[(runs["ensemble_size"] == size) | ((runs["arm"] == "single") & (runs["ensemble_size"] == 1))]
     return [Cell(str(label), some) for label, some in mine.groupby("label", sort=False)]
 
@@ -267,7 +282,8 @@ class Comparison(NamedTuple):
 def comparisons(setting: Setting, thesis: bool = False) -> list[Comparison]:
     """Return PermAVG, as it is best on validation or as in the thesis, beside each of OTHERS, by method and M.
 
-    Of a method with several configurations it is the best on validation; of those that train, with as many extra epochs.
+    Of a method with several configurations it is the best on validation; of those that train, with as many extra epochs, and
+    of the longer single network with as many as PermAVG and its networks together.
     """
     made = setting.runs[setting.runs["form"] == ""]
     found = []
@@ -277,7 +293,8 @@ def comparisons(setting: Setting, thesis: bool = False) -> list[Comparison]:
         if ours.empty:
             continue
         ours = _best(ours)
-        equal = same[same["extra_epochs"].isna() | (same["extra_epochs"] == ours["extra_epochs"].iloc[0])]
+        own = same["extra_epochs"] - (same["ensemble_size"] * same["epochs"]).where(same["method"] == "longer", 0)
+        equal = same[own.isna() | (own == ours["extra_epochs"].iloc[0])]
         for method in OTHERS:
             if len(other := equal[equal["method"] == method]):
                 found.append(Comparison(method, int(size), ours, _best(other)))
@@ -431,6 +448,8 @@ def _sentences(setting: Setting, df: pd.DataFrame) -> list[str]:
     lines = [head + (f" There is no {listed(absent)} to compare with." if absent else "")]
     for title, some in _groups(every):
         lines.append(f"{title[0].upper()}{title[1:]}: {scores(some)}.")
+    if rates := _rates(every):
+        lines.append(rates.strip().replace("is drawn", "is told"))
     verdicts = [line for thesis in (False, True) for line in _verdicts(setting, size, thesis)]
     if verdicts:
         lines.append(
@@ -557,7 +576,7 @@ def describe(setting: Setting) -> str:
         if f["base_digest"]
         else f"networks of {f['epochs']} epochs, {number(f['warmup_epochs'])} of them warm-up"
     )
-    extra = sorted(setting.runs["extra_epochs"].dropna().unique())
+    extra = sorted(setting.runs.loc[setting.runs["arm"] != "longer", "extra_epochs"].dropna().unique())
     after = f", {listed([f'{epochs:g}' for epochs in extra])} extra epochs" if extra else ""
     return (
         f"{f['dataset']} ({', '.join(sources)}), {f['model']}{shape}, {made}{after}, batches of {f['batch_size']} images, "
@@ -661,12 +680,17 @@ def draw_methods(every: Sequence[Cell], ax: Axes, *, measure: str) -> Axes:
 
 def _groups(every: Sequence[Cell]) -> list[tuple[str, list[Cell]]]:
     """Return what is drawn under which heading; only what is there."""
-    trained = [cell for cell in every if cell.runs["extra_epochs"].notna().any()]
-    epochs = sorted({epochs for cell in trained for epochs in cell.runs["extra_epochs"]})
-    longer = f"trained for {listed([f'{n:g}' for n in epochs])} epoch{'s' if epochs != [1] else ''} more"
+    anew = [cell for cell in every if cell.arm == "longer"]
+    trained = [cell for cell in every if cell.arm != "longer" and cell.runs["extra_epochs"].notna().any()]
+
+    def of(some: Sequence[Cell]) -> str:
+        epochs = sorted({epochs for cell in some for epochs in cell.runs["extra_epochs"]})
+        return f"trained for {listed([f'{n:g}' for n in epochs])} epoch{'s' if epochs != [1] else ''}"
+
     groups = {
-        "nothing trained": [cell for cell in every if not cell.form and cell not in trained],
-        longer: [cell for cell in trained if not cell.form],
+        "nothing trained": [c for c in every if not c.form and c.runs["extra_epochs"].isna().all()],
+        f"{of(trained)} more": [cell for cell in trained if not cell.form],
+        f"{of(anew)} from the start": anew,
         "projected, nothing trained after": [cell for cell in every if cell.form == "_projected"],
         "statistics averaged, not estimated": [cell for cell in every if cell.form == "_stale"],
     }
@@ -826,6 +850,12 @@ def _chosen(runs: pd.DataFrame) -> str:
     return chosen if (runs["candidates"] > 1).any() else ""
 
 
+def _rates(every: Iterable[Cell]) -> str:
+    """Return that there was a choice of learning rates, where there was one."""
+    chosen = f" Of several learning rates of extra training the best is drawn, {ON_VALIDATION}; the table has all."
+    return chosen if any((cell.runs["candidates"] > 1).any() for cell in every) else ""
+
+
 def _size_figure(setting: Setting, df: pd.DataFrame) -> Figures:
     runs = best_of_arms(setting)
     sizes = sorted(int(size) for size in set(runs["ensemble_size"]))
@@ -866,7 +896,7 @@ def _method_figure(setting: Setting, df: pd.DataFrame) -> Figures:
         "methods",
         f"What is made of {size} networks: final test accuracy, NLL, and ECE in 15 bins. The best single network is so "
         f"on validation. {DOTS}, {_n(every)}; {AT_THE_EDGE}. Dashed: the means of the best single network (black) and of the "
-        "deep ensemble (orange).",
+        f"deep ensemble (orange).{_rates(every)}",
         figure,
     )
 
@@ -888,7 +918,8 @@ def _difference_figures(setting: Setting, df: pd.DataFrame) -> Figures:
             "differences_thesis" if thesis else "differences",
             f"Paired differences over seeds of final test accuracy (left; right of 0 PermAVG is better) and NLL (right; left "
             f"of 0 it is better): PermAVG {what} less what the heading says, of several configurations the best on validation, "
-            f"those that train for as many extra epochs. {DOTS}, {n}; {AT_THE_EDGE}. None of the {2 * len(pairs)} intervals is "
+            "those that train for as many extra epochs, the longer single network for those of PermAVG and all its networks. "
+            f"{DOTS}, {n}; {AT_THE_EDGE}. None of the {2 * len(pairs)} intervals is "
             "corrected for their number.",
             figure,
         )
@@ -921,7 +952,8 @@ def _projection_figure(setting: Setting, df: pd.DataFrame) -> Figures:
     yield (
         "projection",
         f"PermAVG of {size} networks with its matrices as learned, and with the permutation nearest to each in its place and "
-        f"nothing trained after: final test accuracy (left) and NLL (right). {DOTS}, {_n(shown)}; {AT_THE_EDGE}.",
+        f"nothing trained after: final test accuracy (left) and NLL (right). {DOTS}, {_n(shown)}; {AT_THE_EDGE}."
+        f"{_rates(shown)}",
         figure,
     )
 
@@ -977,12 +1009,23 @@ def _matrix_figures(setting: Setting, df: pd.DataFrame) -> Figures:
             f"A learned matrix of {size} networks: member 1, first hidden layer, seed 0, the first {units} {TIMES} {units} "
             "entries, as learned (above) and with its columns in the order of the nearest permutation (below), where a "
             f"permutation would be the diagonal. Scales are logarithmic, below 0.0001 all is dark; those of free mixing have a "
-            f"sign, and are linear up to 0.01.",
+            f"sign, and are linear up to 0.01.{_row_error(df)}",
             figure,
         )
     matrices = summarise_matrices(df).merge(runs, on="run_id")
     if len(matrices):
         yield _matrix_summary(matrices)
+
+
+def _row_error(df: pd.DataFrame) -> str:
+    """Return how nearly PermAVG's matrices are doubly stochastic."""
+    errors = df.loc[(df["split"] == "matrix") & (df["method"] == "permavg"), "row_error"].dropna()
+    if errors.empty:
+        return ""
+    return (
+        " Columns of PermAVG's matrices sum to 1 and rows nearly: of all in this setting, the largest error of a row's sum is "
+        f"{errors.max():.2g}."
+    )
 
 
 def _matrix_summary(matrices: pd.DataFrame) -> tuple[str, str, Figure]:
@@ -1050,7 +1093,7 @@ def _cost_figure(setting: Setting, df: pd.DataFrame) -> Figures:
         "after, matching included, and against images per second in inference; both logarithmic. The open circle is the first "
         f"network alone. Small dots are runs, large ones means over seeds, {_n(every)}. Averages that nothing was "
         f"trained of may lie below what is in view; the table has them. Measured on {device}"
-        f"{left_out}; what else that machine did meanwhile is not known.",
+        f"{left_out}; what else that machine did meanwhile is not known.{_rates(every)}",
         figure,
     )
 
@@ -1070,7 +1113,7 @@ def _reliability_figure(setting: Setting, df: pd.DataFrame) -> Figures:
         caption = RELIABILITY.replace(
             "the ensemble's prediction", f"the prediction, of what is made of {size} networks,"
         )
-        caption += f", {_n(shown)}."
+        caption += f", {_n(shown)}.{_rates(shown)}"
         figure = reliability_diagrams(bins, panels)
         figure.supxlabel("confidence of the prediction (%)", fontsize=8)
         yield "reliability", caption, figure
@@ -1079,7 +1122,7 @@ def _reliability_figure(setting: Setting, df: pd.DataFrame) -> Figures:
 def _training_figure(setting: Setting, df: pd.DataFrame) -> Figures:
     size, runs = main_size(setting), best_of_arms(setting)
     mine = runs[runs["ensemble_size"] == size]
-    epochs = summarise_epochs(df).merge(mine[["run_id", "arm"]], on="run_id")
+    epochs = summarise_epochs(df).merge(mine.loc[mine["arm"] != "longer", ["run_id", "arm"]], on="run_id")
     if epochs["epoch"].nunique() < 3:
         return
     panels = {"PermAVG": PERMAVG, "other extra training": CONTROLS}
@@ -1104,11 +1147,13 @@ def _training_figure(setting: Setting, df: pd.DataFrame) -> Figures:
     there = [ARMS[arm]._replace(marker="") for arms in panels.values() for arm in arms if (epochs["arm"] == arm).any()]
     _legend(figure, there)
     trained = mine[mine["run_id"].isin(set(epochs["run_id"]))]
+    longer = (mine["arm"] == "longer").any()
+    left_out = " The longer single network, with epochs of its own, is not drawn." if longer else ""
     yield (
         "training",
         f"Validation accuracy (above) and NLL (below) by epoch of what is trained from {size} networks; epoch 0 is where it "
         f"starts. Each panel has its own scale, that of the later half of epochs. Thin lines are seeds, thick ones "
         f"their mean, {_n_of(trained)}; dashed: the means of the best single network (black) and of the deep ensemble "
-        f"(orange).{_chosen(trained)}",
+        f"(orange).{_chosen(trained)}{left_out}",
         figure,
     )

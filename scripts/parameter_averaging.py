@@ -3,9 +3,14 @@
 Networks trained alike from different points (their seeds) are made into one by permuting hidden units and averaging weights:
 not at all (naive average), by matching weights, or by matrices learned from the labels (PermAVG). Beside them stand what they
 must be compared with: the best of the networks (on validation), the deep ensemble, its distillation into a new network, and,
-trained for as many epochs as PermAVG trains its matrices, the best network, the averages and a free mixing matrix. The
-networks are trained once, kept in runs/parameter_averaging/networks and shared by all runs, or are read from files
-(--base-weights). Each run reads the test set once, at the end, and writes results/parameter_averaging/<run_id>.csv.
+trained for as many epochs as PermAVG trains its matrices, the best network, the averages and a free mixing matrix; and a new
+network, trained for as many epochs as all of PermAVG's, the networks' included. The networks are trained once, kept in
+runs/parameter_averaging/networks and shared by all runs, or are read from files (--base-weights): state_dicts of networks that
+are trained already, of any names, in order, which are given images normalised as ours. Each run writes
+results/parameter_averaging/<run_id>.csv.
+
+Nothing is chosen on the test set, though it is read more than once: by each network at the end of its training, which is not
+kept; by what is made of them, at the end, and in its other forms (see below); and at the 22 points of the lines between two.
 
     on a cluster     python -m jobs submit parameter_averaging --grid fashion_mnist --cluster NAME
     on a laptop      python -m jobs submit parameter_averaging --grid demo --cluster local
@@ -17,7 +22,9 @@ networks are trained once, kept in runs/parameter_averaging/networks and shared 
 A run of the demo takes a second. On one CPU core a network of Fashion-MNIST trains in about a minute, and the matrices of
 three in a few; VGG11 belongs on a GPU.
 
-The rows: none of the networks' own epochs. Epoch 0 is what a run starts from; untrained methods have only that. Splits:
+The rows: none of the networks' own epochs. Epoch 0 is what a run starts from; untrained methods have only that. Each says
+which networks it is of: `networks_digest`, of their weights, and what they were trained by, `networks_commit` (-dirty: with
+changes) and `networks_device`, joined by + where they differ, empty where it is not known, as of files. Splits:
 
     train, validation, test   as everywhere; `seconds` are of an epoch of extra training
     .._stale                  BatchNorm's statistics averaged like weights; the others have them estimated anew
@@ -25,7 +32,8 @@ The rows: none of the networks' own epochs. Epoch 0 is what a run starts from; u
     reliability               x, y and n as everywhere
     matrix                    of a member's hidden `layer`, of `size` units: means of the `diagonal` and of each row's largest
                               entry (`row_max`); `unique_argmax`, the share of rows whose largest entry is in a column that is
-                              no other row's; `row_error`, the largest error of a row's sum (those of columns are 1)
+                              no other row's. PermAVG's columns sum to 1, its rows nearly, after at most 100 normalisations:
+                              `row_error` says how nearly, the largest error of a row's sum; free matrices need not sum to 1
     picture, picture_ordered  seed 0, member 1, layer 0: the first 64 x 64 entries (y) row by row; columns in the order of the
                               nearest permutation
     line_.., matched_line_..  weight_matching of two: test accuracy and nll (y) along the line between the networks (x), as they
@@ -33,6 +41,9 @@ The rows: none of the networks' own epochs. Epoch 0 is what a run starts from; u
 """
 
 import hashlib
+import io
+import itertools
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -44,7 +55,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from batchens.data.catalog import DatasetName
 from batchens.grid import grid, unique
-from batchens.results import CURVE, METRICS, numbers
+from batchens.results import CURVE, METRICS, numbers, provenance
 from batchens.run import Cancelled, Folders, Run, command_line
 from batchens.settings import check
 
@@ -55,7 +66,9 @@ if TYPE_CHECKING:
     from batchens.data.images import Images
 
 # the methods that train, with the learning rate of that training: of learned matrices Adam's, else as a share of the networks'
-TRAINED = {"distillation": 1.0, "fine_tuned_single": 0.1, "fine_tuned_average": 1.0, "permavg": 0.1, "mixing": 0.001}
+TRAINED = {
+    "distillation": 1.0, "longer": 1.0, "fine_tuned_single": 0.1, "fine_tuned_average": 1.0, "permavg": 0.1, "mixing": 0.001,
+}  # fmt: skip
 STARTS = ("permavg", "mixing", "fine_tuned_average")  # methods that can start from matched networks
 STUDENT_SHARE, STUDENT_TEMPERATURE = 0.5, 3.0  # of the teacher in the student's loss
 STATISTICS_IMAGES = 10_000  # that BatchNorm's statistics are estimated on
@@ -78,9 +91,9 @@ class Config:
     """with BatchNorm after each convolution, or without; the mlp has none"""
     method: Literal[
         "single", "deep_ensemble", "distillation", "naive_average", "weight_matching", "permavg", "mixing",
-        "fine_tuned_single", "fine_tuned_average",
+        "fine_tuned_single", "fine_tuned_average", "longer",
     ] = "permavg"  # fmt: skip
-    """the best network; mean of probabilities; a student; averages; learned matrices, doubly stochastic or free; trained on"""
+    """best network; mean of probabilities; a student; averages; learned matrices, free ones; trained on; one trained longer"""
     ensemble_size: int = 3
     """number of networks"""
     matching: Literal["mean", "first"] | None = None
@@ -90,7 +103,7 @@ class Config:
     temperature: float | None = None
     """of PermAVG's matrices; at 0.1, if not given, they start near the identity, at 1 (the thesis') as almost uniform"""
     extra_epochs: int | None = None
-    """passes over the training images of what is trained from the networks; as many as theirs if not given"""
+    """of what is trained from networks; as many as theirs if not given, for files 20; longer: ensemble_size + 1 times theirs"""
     extra_learning_rate: float | None = None
     """of that training; PermAVG: Adam's, 0.1; mixing: Adam's, 0.001; fine_tuned_single: a tenth of theirs; others: theirs"""
     optimizer: Literal["sgd", "adam"] = "sgd"
@@ -114,7 +127,7 @@ class Config:
     seed: int = 0
     """of the networks' initial weights, the orders of the images and their augmentation"""
     base_weights: tuple[Path, ...] = ()
-    """files of networks that are trained already: state_dicts of any names, of the shapes of the model, in order"""
+    """a state_dict for each network, in order; images are normalised with the suite's mean and std of the data set"""
     base_digest: str = field(default="", init=False)
     """the SHA-256 of these files, in place of their names"""
     device: str = "auto"
@@ -134,13 +147,18 @@ class Config:
 
         least = {"ensemble_size": 1 if self.method == "single" else 2}
         if self.base_weights:
-            if len(self.base_weights) < self.ensemble_size:
+            if self.method == "longer":
+                raise ValueError(
+                    "base_weights must be empty with method longer, which trains a network of its own, however: "
+                    f"{len(self.base_weights)} files"
+                )
+            if len(self.base_weights) != self.ensemble_size:
                 raise ValueError(
                     f"base_weights must be a file for each of ensemble_size={self.ensemble_size} networks, however: "
                     f"{len(self.base_weights)}"
                 )
             settle("base_digest", True, "")
-            object.__setattr__(self, "base_digest", digest_of(self.base_weights[: self.ensemble_size]))
+            object.__setattr__(self, "base_digest", digest_of(self.base_weights))
         mlp, trained = self.model == "mlp", self.method in TRAINED
         settle("depth", mlp, 1)
         settle("hidden_size", mlp, 512)
@@ -151,7 +169,8 @@ class Config:
         if matched and self.ensemble_size == 2:
             settle("matching", False, None, "mean")  # the mean of the others is the first
         settle("temperature", self.method == "permavg", 0.1)
-        settle("extra_epochs", trained, self.epochs or 20)
+        budget = (self.ensemble_size + 1 if self.method == "longer" else 1) * self.epochs
+        settle("extra_epochs", trained, budget or 20)
         share = TRAINED.get(self.method, 0.0) * (1.0 if self.method in ("permavg", "mixing") else self.learning_rate)
         settle("extra_learning_rate", trained, round(share, 12))
         if self.base_weights:
@@ -181,11 +200,17 @@ def digest_of(files: Sequence[Path]) -> str:
 
 
 def study(base: Config, sizes: Sequence[int], seeds: range, temperatures: Sequence[float] = (0.1,)) -> list[Config]:
-    """Return every method on the same networks, those of few and of one seed first; its other settings are defaults."""
+    """Return every method on the same networks, those of few and of one seed first; its other settings are defaults.
+
+    What PermAVG is compared with has other rates too: it has forms to choose from on validation, as PermAVG has.
+    """
     base = replace(base, method="single", ensemble_size=1)
 
     def of(**axes: Any) -> list[Config]:
         return grid(base, ensemble_size=sizes, seed=seeds, **axes)
+
+    def rates(*times: float) -> list[float]:
+        return [round(share * base.learning_rate, 12) for share in times]
 
     every = unique(
         [
@@ -196,6 +221,11 @@ def study(base: Config, sizes: Sequence[int], seeds: range, temperatures: Sequen
             *of(method=["fine_tuned_average", "mixing"], start=["identity", "matching"]),
             *of(method=["permavg"], start=["identity", "matching"], temperature=[0.1]),
             *of(method=["permavg"], temperature=temperatures),
+            *of(method=["longer"]),
+            *of(method=["fine_tuned_single"], extra_learning_rate=rates(0.1, 1.0, 3.0)),
+            *of(method=["distillation"], extra_learning_rate=rates(1.0, 3.0)),
+            *of(method=["fine_tuned_average"], start=["identity", "matching"], extra_learning_rate=rates(1.0, 3.0)),
+            *of(method=["mixing"], start=["identity", "matching"], extra_learning_rate=[0.001, 0.01]),
         ]
     )
     return sorted(every, key=lambda config: (config.ensemble_size, config.seed))
@@ -250,9 +280,16 @@ def train(run: Run, config: Config) -> Path:
         torch.set_num_threads(config.threads)
     device = choose_device(config.device)
     images = data.load(config.dataset, run.folders.data, device)
-    networks, seconds_base = base_networks(run, config, images)
-    dtype = autocast_dtype(config.precision, device, optimizer_of(config, networks[0], images))
-    size, epochs = len(networks), config.extra_epochs or 0
+    networks, facts = base_networks(run, config, images)
+    size, epochs = config.ensemble_size, config.extra_epochs or 0
+
+    def new(seed: int) -> "nn.Module":
+        network = build(config, images.shape, images.num_classes, seed)
+        return network.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]  # the stubs lack it
+
+    first = 1000 * config.seed  # the seed of the first network; of what is trained from them it is 999 more
+    like = networks[0] if networks else new(first)
+    dtype = autocast_dtype(config.precision, device, optimizer_of(config, like, images))
     rows: list[dict[str, Any]] = []
     started = time.perf_counter()
     found = None if config.matching is None else match(networks, config.matching, config.seed)
@@ -277,9 +314,8 @@ def train(run: Run, config: Config) -> Path:
         model = best_of(networks, images, dtype)
     elif config.method == "deep_ensemble":
         model, members = DeepEnsemble(networks), size
-    elif config.method == "distillation":
-        model = build(config, images.shape, images.num_classes, 1000 * config.seed + 999)
-        model.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]  # the stubs lack it
+    elif config.method in ("distillation", "longer"):
+        model = new(first + (999 if config.method == "distillation" else 0))
     elif config.method in ("permavg", "mixing"):
         kind: Literal["doubly_stochastic", "free"] = "doubly_stochastic" if config.method == "permavg" else "free"
         model = AveragedNetwork(matched, temperature=config.temperature or 1.0, matrices=kind)
@@ -294,7 +330,7 @@ def train(run: Run, config: Config) -> Path:
             start = model.export()
             reestimate(start, some_of(images))
         measured(start, ("validation",))
-        done = 0 if config.base_weights else size * config.epochs
+        done = 0 if config.base_weights else len(networks) * config.epochs
         rows += fit(
             model,
             images,
@@ -302,10 +338,10 @@ def train(run: Run, config: Config) -> Path:
             ensemble_size=1,
             regime="repeat",
             epochs=epochs,
-            warmup_epochs=0,
+            warmup_epochs=config.warmup_epochs if config.method == "longer" else 0,
             batch_size=config.batch_size,
             augmented=config.augment,
-            seed=1000 * config.seed + 999,
+            seed=first + (0 if config.method == "longer" else 999),
             precision=config.precision,
             objective=distillation(networks, dtype) if config.method == "distillation" else None,
             checkpoint=run.checkpoint,
@@ -325,7 +361,7 @@ def train(run: Run, config: Config) -> Path:
         measured=(*METRICS, *CURVE, "layer", "size", "diagonal", "row_max", "unique_argmax", "row_error", "barrier"),
         parameters=sum(parameter.numel() for parameter in network.parameters()),
         parameters_trained=sum(p.numel() for p in model.parameters()) if config.method in TRAINED else 0,
-        seconds_base=seconds_base,
+        **facts,
         seconds_matching=seconds_matching,
         inference_images_per_second=inference_speed(network, images, members, dtype),
         **device_facts(device, config.precision, optimizer_of(config, network, images), compiled=False),
@@ -383,8 +419,10 @@ DECIDING = (
 )  # fmt: skip
 
 
-def base_networks(run: Run, config: Config, images: "Images") -> "tuple[list[nn.Module], float | None]":
-    """Return the run's networks, on the images' device, and the seconds that their training took; None: read from files.
+def base_networks(run: Run, config: Config, images: "Images") -> "tuple[list[nn.Module], dict[str, Any]]":
+    """Return the run's networks, on the images' device, and what its result says of them; of `longer` there are none.
+
+    `seconds_base` that their training took, None for those that were read from files, and `provenance_of` them.
 
     Member m of seed s is the network of seed 1000 s + m. A network is trained by whichever run comes first, under a lock;
     others take those that are free meanwhile, and wait for what is left. A killed run's network goes on from its last epoch.
@@ -395,11 +433,12 @@ def base_networks(run: Run, config: Config, images: "Images") -> "tuple[list[nn.
     from batchens.averaging import load_weights
     from batchens.files import check_writable
 
-    members = range(config.ensemble_size)
+    members = range(0 if config.method == "longer" else config.ensemble_size)
     networks = [build(config, images.shape, images.num_classes, 1000 * config.seed + member) for member in members]
     seconds: float | None = None
+    known: dict[int, dict[str, Any]] = {}
     if config.base_weights:
-        for network, file in zip(networks, config.base_weights, strict=False):
+        for network, file in zip(networks, config.base_weights, strict=True):
             load_weights(network, file)
     else:
         folder = run.folders.runs / "parameter_averaging" / "networks"
@@ -407,24 +446,43 @@ def base_networks(run: Run, config: Config, images: "Images") -> "tuple[list[nn.
         paths = [
             folder / f"{network_name(config, 1000 * config.seed + member, images.source)}.pt" for member in members
         ]
-        known: dict[int, float] = {}
+        waited_for: list[str] = []
         while len(known) < len(paths):
             before = len(known)
             for member in (member for member in members if member not in known):
                 with suppress(Timeout), FileLock(paths[member].with_suffix(".lock"), blocking=False):
-                    took = load_network(networks[member], paths[member])
-                    if took is None:
-                        took = train_network(run, config, images, member, networks[member], paths[member])
-                    known[member] = took
+                    facts = load_network(networks[member], paths[member])
+                    if facts is None:
+                        facts = train_network(run, config, images, member, networks[member], paths[member])
+                    known[member] = facts
             if len(known) == before:  # others are at all of them
                 with suppress(FileNotFoundError):
                     if run.cancelled.stat().st_mtime > run.since:
                         raise Cancelled(run.id)
+                missing = [paths[member].stem for member in members if member not in known]
+                if missing != waited_for:
+                    print(f"{run.id}: waits for networks that other runs train: {', '.join(missing)}", flush=True)
+                    waited_for = missing
                 time.sleep(1)
-        seconds = sum(known.values())
+        seconds = sum((facts["seconds"] for facts in known.values()), 0.0)
     for network in networks:
         network.to(images.train.images.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-    return networks, seconds
+    return networks, {"seconds_base": seconds, **provenance_of(networks, [known.get(member, {}) for member in members])}
+
+
+def provenance_of(networks: "Sequence[nn.Module]", known: Sequence[dict[str, Any]]) -> dict[str, str]:
+    """Return which networks these are, by their weights, and what is known of the code and the devices they are by."""
+    from batchens.averaging import digest
+
+    def joined(values: list[str]) -> str:
+        return " + ".join(sorted({value or "not known" for value in values})) if any(values) else ""
+
+    total = hashlib.sha256("".join(digest(network.state_dict()) for network in networks).encode()).hexdigest()
+    return {
+        "networks_digest": total[:16] if networks else "",
+        "networks_commit": joined([one.get("commit", "") + ("-dirty" if one.get("dirty") else "") for one in known]),
+        "networks_device": joined([one.get("device_name", "") for one in known]),
+    }
 
 
 def network_name(config: Config, seed: int, source: str) -> str:
@@ -438,62 +496,114 @@ def network_name(config: Config, seed: int, source: str) -> str:
     return f"{config.dataset}-{config.model}-{seed}-{digest}"
 
 
-def load_network(network: "nn.Module", path: Path) -> float | None:
-    """Put the network of a file into `network` and return how long it trained; None: it is absent or damaged."""
+def load_network(network: "nn.Module", path: Path) -> dict[str, Any] | None:
+    """Put the network of a file into `network` and return what is known of it, its `seconds` at least.
+
+    None: it is absent, or damaged; a damaged file is kept beside, see `put_aside`.
+
+    Raises:
+        OSError: the file can't be read now, which is no reason to train the network again.
+    """
     import torch
 
     from batchens.averaging import digest
 
     if not path.exists():
         return None
+    content = path.read_bytes()  # torch's own reader makes a RuntimeError of what the disk says
     try:
-        saved = torch.load(path, map_location="cpu", weights_only=True)
+        saved = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
         if digest(saved["weights"]) != saved["digest"]:
             raise ValueError("its weights have changed")
         network.load_state_dict(saved["weights"])
-        return float(saved["seconds"])
+        facts = {name: value for name, value in saved.items() if name != "weights"}
+        return facts | {"seconds": float(saved["seconds"])}
+    except (OSError, MemoryError):
+        raise
     except Exception as error:  # a damaged archive raises whatever the reader trips over first
         reason = " ".join(str(error).split())[:200]
-        print(f"the network is trained again, since {path} is damaged: {type(error).__name__}: {reason}", flush=True)
+        print(
+            f"the network is trained again, since {path} is damaged (kept as {put_aside(path).name}): "
+            f"{type(error).__name__}: {reason}",
+            flush=True,
+        )
         return None
 
 
-def train_network(run: Run, config: Config, images: "Images", member: int, network: "nn.Module", path: Path) -> float:
-    """Train `network`, keep it in a file, and return how long its training took."""
+def put_aside(path: Path) -> Path:
+    """Rename a file to `<name>.damaged1`, 2 and so on, and return that."""
+    names = (path.with_name(f"{path.name}.damaged{number}") for number in itertools.count(1))
+    aside = next(one for one in names if not one.exists())
+    os.replace(path, aside)
+    return aside
+
+
+def train_network(
+    run: Run, config: Config, images: "Images", member: int, network: "nn.Module", path: Path
+) -> dict[str, Any]:
+    """Train `network`, keep it in a file, and return what is known of it, as `load_network` does.
+
+    A checkpoint that can't be gone on from (made on another device, say) is put aside: of a network that all methods need, it
+    would stop all of them.
+    """
     import torch
 
     from batchens.averaging import digest
     from batchens.files import replacing
-    from batchens.training import fit
+    from batchens.training import device_facts, fit
 
     checkpoint = path.with_suffix(".checkpoint")
     seed = 1000 * config.seed + member
     epochs = config.ensemble_size * config.epochs + (config.extra_epochs or 0)
-    network.load_state_dict(
-        build(config, images.shape, images.num_classes, seed).state_dict()
-    )  # a damaged file was read
-    network.to(images.train.images.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-    rows = fit(
-        network,
-        images,
-        optimizer_of(config, network, images),
-        ensemble_size=1,
-        regime="repeat",
-        epochs=config.epochs,
-        warmup_epochs=config.warmup_epochs,
-        batch_size=config.batch_size,
-        augmented=config.augment,
-        seed=seed,
-        precision=config.precision,
-        checkpoint=checkpoint,
-        on_epoch=lambda new: run.after_epoch(later(new, member * config.epochs), epochs),
-    )
-    seconds = sum(row["seconds"] for row in rows if row["split"] == "train")
+    device = images.train.images.device
+
+    def trained() -> list[dict[str, Any]]:
+        # anew: a damaged file, or a checkpoint of no use, may have been read into it
+        network.load_state_dict(build(config, images.shape, images.num_classes, seed).state_dict())
+        network.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        return fit(
+            network,
+            images,
+            optimizer_of(config, network, images),
+            ensemble_size=1,
+            regime="repeat",
+            epochs=config.epochs,
+            warmup_epochs=config.warmup_epochs,
+            batch_size=config.batch_size,
+            augmented=config.augment,
+            seed=seed,
+            precision=config.precision,
+            checkpoint=checkpoint,
+            on_epoch=lambda new: run.after_epoch(later(new, member * config.epochs), epochs),
+        )
+
+    try:
+        rows = trained()
+    except ValueError as error:
+        if not str(error).startswith(f"the checkpoint {checkpoint} can't be gone on from"):
+            raise
+        reason = " ".join(str(error.__cause__).split())[:200]
+        print(
+            f"the network is trained from its beginning, since {checkpoint} can't be gone on from (kept as "
+            f"{put_aside(checkpoint).name}): {type(error.__cause__).__name__}: {reason}",
+            flush=True,
+        )
+        rows = trained()
     weights = {name: tensor.cpu().contiguous() for name, tensor in network.state_dict().items()}
+    made, by = device_facts(device, config.precision, optimizer_of(config, network, images), False), provenance()
+    facts = {
+        "digest": digest(weights),
+        "seconds": sum(row["seconds"] for row in rows if row["split"] == "train"),
+        "commit": by["commit"],
+        "dirty": by["dirty"],
+        "torch": str(made["torch"]),
+        "device_name": made["device_name"],
+        "number_format": made["number_format"],
+    }
     with replacing(path) as temporary:
-        torch.save({"weights": weights, "digest": digest(weights), "seconds": seconds}, temporary)
+        torch.save({"weights": weights, **facts}, temporary)
     checkpoint.unlink(missing_ok=True)
-    return seconds
+    return facts
 
 
 # what is made of them, and measured

@@ -6,6 +6,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from batchens import averaging
 from batchens.averaging import (
     AveragedNetwork,
     assignment,
@@ -203,6 +204,45 @@ def test_matching_makes_networks_more_alike_and_matching_with_the_mean_more_so()
     for found in (first, mean):
         assert all(torch.equal(one.sort()[0], torch.arange(len(one))) for own in found for one in own)
         assert all(torch.equal(one, torch.arange(len(one))) for one in found[0])
+
+
+@pytest.mark.parametrize(("case", "succeeds"), [("a copy in another order", 1), ("inputs of other units", 0)])
+def test_matching_goes_on_from_both_of_its_starts_and_takes_the_better_end(case, succeeds):
+    torch.manual_seed(0)
+    network = mlp(2, [40, 40, 40], 2)
+    for parameter in network.parameters():
+        parameter.data = torch.randn_like(parameter)
+    for parameter in network[1].parameters():
+        parameter.data *= 0.3  # of little weight, though it is all that the start from the inputs begins with
+    where, identity = layout(network), [torch.arange(40)] * 3
+    if case == "a copy in another order":
+        order = shuffled(network)
+        other, expected = permute(network, order), [one.argsort() for one in order]
+    else:
+        other, expected = copy.deepcopy(network), identity
+        for parameter in other[1].parameters():
+            parameter.data = parameter.data.roll(1, 0)
+    likeness = averaging._Likeness(network.state_dict(), other.state_dict(), where)
+    with torch.no_grad():
+        ends = [
+            averaging._align(likeness, start, torch.Generator().manual_seed(0))
+            for start in (identity, averaging._from_the_inputs(likeness))
+        ]
+    right = [all(torch.equal(one, two) for one, two in zip(end, expected, strict=True)) for end in ends]
+    assert [start for start in (0, 1) if right[start]] == [succeeds]
+    assert all(torch.equal(one, two) for one, two in zip(match([network, other])[1], expected, strict=True))
+
+
+def test_running_statistics_do_not_count_in_matching():
+    networks, _ = make("cnn", 3)
+    expected = [match(networks, to) for to in ("mean", "first")]
+    for network in networks:
+        for name, buffer in network.named_buffers():
+            if "running" in name:
+                buffer.data = 1000 * torch.rand_like(buffer)
+    for to, before in zip(("mean", "first"), expected, strict=True):
+        for one, other in zip(match(networks, to), before, strict=True):
+            assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
 
 
 # doubly stochastic matrices

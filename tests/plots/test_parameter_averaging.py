@@ -48,7 +48,8 @@ def write(
     extra = config.extra_epochs or 0
     facts = {
         "parameters": 100 * (config.ensemble_size if config.method == "deep_ensemble" else 1),
-        "parameters_trained": 64 if extra else 0, "seconds_base": 10.0 * config.ensemble_size,
+        "parameters_trained": 64 if extra else 0,
+        "seconds_base": 0.0 if config.method == "longer" else 10.0 * config.ensemble_size,
         "seconds_matching": 0.5 if config.matching else None, "inference_images_per_second": speed, "device_name": device,
         "number_format": "float32", "torch": "2", "data_source": "here", "commit": "", "dirty": "", "finished": "2026",
     }  # fmt: skip
@@ -71,7 +72,8 @@ def write(
     rows.append({"epoch": extra, "split": "reliability", "x": "0.5 nan 0.9", "y": "0.4 nan 1", "n": "0.2 0 0.8"})
     if config.method in ("permavg", "mixing"):
         for member in range(1, config.ensemble_size):
-            shape = {"diagonal": 0.1, "row_max": 0.2 * member, "unique_argmax": 0.5, "row_error": 0.0}
+            error = 0.003 * member if config.method == "permavg" else 7.0
+            shape = {"diagonal": 0.1, "row_max": 0.2 * member, "unique_argmax": 0.5, "row_error": error}
             rows.append({"epoch": extra, "split": "matrix", "member": member, "layer": 0, "size": 8, **shape})
         for split in ("picture", "picture_ordered") if config.seed == 0 else ():
             rows.append({"epoch": extra, "split": split, "member": 1, "layer": 0, "size": 2, "y": PICTURE})
@@ -100,6 +102,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
             if size > 2:
                 write(tmp_path, 0.71 + up, validation=0.6, method="weight_matching", matching="first", **same)
             write(tmp_path, 0.84 + up, method="distillation", **same)
+            write(tmp_path, 0.845 + up, method="longer", **same)
             write(tmp_path, 0.82 + up, method="fine_tuned_single", **same)
             write(tmp_path, 0.86 + up, validation=0.85, method="fine_tuned_average", **same)
             write(tmp_path, 0.85 + up, validation=0.86, method="fine_tuned_average", **same, **MATCHED)
@@ -165,6 +168,7 @@ def test_time_is_that_of_the_networks_of_matching_and_of_training_after(setting:
     assert runs["deep ensemble"] == 30
     assert runs["weight matching to mean"] == 30.5
     assert runs["PermAVG T = 0.1"] == 30 + 3 * 2
+    assert runs["single network, longer"] == 12 * 2  # no networks before it
     assert runs["PermAVG T = 0.1 from matched"] == 30 + 0.5 + 3 * 2
 
 
@@ -191,7 +195,8 @@ def test_cells_are_in_order_with_the_first_network_before_all(setting: Setting) 
     assert [cell.label for cell in pa.cells(setting, 3)] == [
         "first single network", "best single network", "deep ensemble", "naive average", "weight matching to mean",
         "weight matching to first", "PermAVG T = 0.1", "PermAVG T = 0.1 from matched", "PermAVG T = 1 (thesis)",
-        "distillation", "fine-tuned best single", "fine-tuned average", "fine-tuned matched average", "free mixing",
+        "distillation", "single network, longer", "fine-tuned best single", "fine-tuned average",
+        "fine-tuned matched average", "free mixing",
         "PermAVG T = 0.1, projected", "PermAVG T = 0.1 from matched, projected", "PermAVG T = 1 (thesis), projected",
     ]  # fmt: skip
 
@@ -229,6 +234,54 @@ def test_what_trains_is_compared_at_equal_extra_epochs(results: Path, tmp_path: 
     assert pair_of(only(results), "distillation").ours["extra_epochs"].iloc[0] == 3
 
 
+def test_the_longer_network_is_compared_with_permavg_of_its_budget(results: Path, tmp_path: Path) -> None:
+    results = shutil.copytree(results, tmp_path / "more")
+    for seed in range(4):
+        write(results, 0.99, method="longer", ensemble_size=3, seed=seed, extra_epochs=3)
+    assert pair_of(only(results), "longer").others["extra_epochs"].tolist() == [12] * 4
+    label = pair_of(only(results), "longer").others["label"].iloc[0]
+    assert label == "single network, longer, extra epochs 12"
+
+
+def test_of_learning_rates_the_best_on_validation_is_drawn_and_the_table_has_all(results: Path, tmp_path: Path) -> None:
+    results = shutil.copytree(results, tmp_path / "more")
+    before = only(results)
+    for seed, up in enumerate(UPS):
+        for size in (2, 3):
+            same = {"ensemble_size": size, "seed": seed}
+            write(results, 0.7 + up, validation=0.99, method="fine_tuned_single", extra_learning_rate=0.3, **same)
+            write(results, 0.99, validation=0.5, method="mixing", extra_learning_rate=0.01, **same)
+            write(results, 0.87, validation=0.9, method="fine_tuned_average", extra_learning_rate=0.3, **same)
+    after = only(results)
+    assert [cell.label for cell in pa.cells(after, 3)] == [cell.label for cell in pa.cells(before, 3)]
+    found = {cell.label: cell.runs for cell in pa.cells(after, 3)}
+    chosen = (
+        "fine-tuned best single",
+        "free mixing",
+        "fine-tuned average",
+        "fine-tuned matched average",
+        "distillation",
+    )
+    assert [found[label]["extra_learning_rate"].iloc[0] for label in chosen] == [0.3, 0.001, 0.3, 0.1, 0.1]
+    assert [found[label]["candidates"].iloc[0] for label in chosen] == [2, 2, 2, 1, 1]
+    best = pa.best_of_arms(after)
+    assert len(best) == len(pa.best_of_arms(before)) and not best.duplicated(["arm", "ensemble_size", "seed"]).any()
+    label = pair_of(after, "fine_tuned_single").others["label"].iloc[0]
+    assert label == "fine-tuned best single, extra learning rate 0.3"  # though it is the worst on test
+    assert pair_of(after, "fine_tuned_average").others["candidates"].iloc[0] == 3
+    methods = pa.summarise_cells(after).query("networks == '3'")["method"].tolist()
+    assert {"free mixing, extra learning rate 0.001", "free mixing, extra learning rate 0.01"} <= set(methods)
+    with figure.style():
+        captions = {name.partition("/")[2]: caption for name, caption, _ in pa.figures(read(results))}
+    for name in ("methods", "cost", "reliability"):
+        assert "Of several learning rates of extra training the best is drawn" in captions[name]
+    assert "Of several learning rates" not in captions["projection"]
+    told = [line for line in pa.findings(read(results))["digits-mlp"].sentences if "learning rates" in line]
+    assert len(told) == 1 and told[0].startswith(
+        "Of several learning rates of extra training the best is told, by the last"
+    )
+
+
 def test_a_paired_difference_and_its_interval_are_those_of_scipy(setting: Setting) -> None:
     pair = pair_of(setting, "single")
     each = 100 * (np.array([0.83, 0.85, 0.89, 0.87]) - np.array([0.81, 0.82, 0.84, 0.83]))
@@ -252,9 +305,9 @@ def test_sentences_say_what_is_better_worse_and_not_shown(finding: figure.Findin
     assert f"deep ensemble ({MINUS}2.00 points, {MINUS}6.11 to +2.11)" in none and "distillation (+0.50" in none
     thesis = next(line for line in finding.sentences if line.startswith("PermAVG T = 1 (thesis)"))
     assert f"worse than best single network ({MINUS}3.00 points, {MINUS}3.00 to {MINUS}3.00)" in thesis
-    # all constant differences leave 0 out: of eight methods, two sizes and two measures
+    # all constant differences leave 0 out: of nine methods, two sizes and two measures
     counted = next(line for line in finding.sentences if "such intervals" in line)
-    assert "of 32 such intervals leave 0 out" in counted and "where 1.6 would be expected" in counted
+    assert "of 36 such intervals leave 0 out" in counted and "where 1.8 would be expected" in counted
 
 
 def test_a_lower_nll_is_in_favour() -> None:
@@ -333,7 +386,8 @@ def test_a_row_is_its_seeds_mean_and_interval_or_written_at_the_edge(setting: Se
         ax = pa.draw_methods(every, figure.new_figure(3, 3).add_subplot(), measure="test_accuracy")
     labels = [label.get_text() for label in ax.get_yticklabels()]
     assert labels[:2] == ["nothing trained", "first single network"]
-    assert {"trained for 3 epochs more", "projected, nothing trained after"} <= set(labels)
+    assert {"trained for 3 epochs more", "trained for 12 epochs from the start"} <= set(labels)
+    assert labels.count("projected, nothing trained after") == 1
     first = next(line for line in ax.lines if len(line.get_xdata()) == 4)
     assert first.get_xdata() == pytest.approx([80, 81, 83, 82])
     interval = stats.ttest_1samp([80, 81, 83, 82], 0).confidence_interval(0.95)
@@ -362,8 +416,11 @@ def test_every_kind_of_figure_is_there_with_n_and_the_setting(df: pd.DataFrame) 
         "of 2 networks PermAVG T = 0.1 from matched; of 3 networks PermAVG T = 0.1 from matched"
         in captions["differences"]
     )
-    assert "None of the 32 intervals is corrected" in captions["differences"]
+    assert "None of the 36 intervals is corrected" in captions["differences"]
     assert "35.00 ± 0.00 as they are" in captions["barriers"]
+    assert "of all in this setting, the largest error of a row's sum is 0.006." in captions["matrices"]
+    assert captions["training"].count("The longer single network, with epochs of its own, is not drawn.") == 1
+    assert "3 extra epochs, batches" in captions["size"]  # not those of the longer network
 
 
 def test_one_run_alone_draws_what_it_can(tmp_path: Path) -> None:
