@@ -393,7 +393,7 @@ def test_members_that_share_nothing_train_as_a_deep_ensemble(tiny_images):
     images, rows = tiny_images(), []
     for model in (DeepEnsemble(copy.deepcopy(networks)), SharedEnsemble(share(networks, Sharing()))):
         optimizer = optimizers.build("sgd", model, learning_rate=0.1, weight_decay=5e-4, training_examples=64)
-        rows.append([row["nll"] for row in fit(model, images, optimizer, **settings)])
+        rows.append([row["nll"] for row in fit(model, images, optimizer, **settings) if row["split"] != "reliability"])
     assert rows[0] == pytest.approx(rows[1], rel=1e-5)
 
 
