@@ -1,0 +1,73 @@
+import re
+import shutil
+import subprocess
+import sys
+
+import pytest
+
+from batchens.files import ROOT
+from plots.findings import claims, text, write_findings
+
+
+@pytest.fixture(scope="module")
+def committed():
+    return text(ROOT / "results", ROOT)
+
+
+def test_the_committed_findings_are_those_of_the_committed_results(committed):
+    assert (ROOT / "FINDINGS.md").read_text(encoding="utf-8") == committed, "run: python -m plots findings"
+
+
+def test_every_claim_has_its_section_with_what_was_printed_wrong_and_measured(committed):
+    sections = committed.split("\n## ")[1:]
+    assert [section.partition("\n")[0] for section in sections] == [claim.title for claim in claims()]
+    for section in sections:
+        for part in ("**Printed.** ", "**What was wrong.** ", "**Measured.** ", "Redrawn by `python -m plots "):
+            assert section.count(part) == 1
+
+
+def test_every_figure_that_is_linked_is_there_and_every_claim_with_results_shows_one(committed):
+    links = re.findall(r"\]\(([^)]*)\)", committed)
+    assert links and all((ROOT / link).is_file() for link in links)
+    for section in committed.split("\n## ")[1:]:
+        assert ("**Measured.** Nothing yet." in section) == ("Figures and tables: none yet." in section)
+
+
+def test_without_results_nothing_is_measured_and_each_missing_study_has_its_command(tmp_path):
+    path = write_findings(tmp_path / "results")
+    assert path == tmp_path / "FINDINGS.md"
+    said = path.read_text(encoding="utf-8")
+    assert said.count("**Measured.** Nothing yet.") == said.count("Figures and tables: none yet.") == len(claims())
+    for claim in claims():
+        if claim.missing:
+            assert f"**Not measured yet:** {claim.missing.what}: `{claim.missing.command}`." in said
+
+
+def test_numbers_are_those_of_the_results(committed, tmp_path):
+    """One test accuracy of one run, edited, changes the text, and nothing else but what depends on it."""
+    for name in ("parameter_testing",):
+        shutil.copytree(ROOT / "results" / name, tmp_path / "results" / name)
+    before = text(tmp_path / "results", tmp_path)
+    (run,) = (tmp_path / "results" / "parameter_testing").glob("digits-cnn-single-m1-lr0.1-e8-s0-*.csv")
+    lines = run.read_text().splitlines()
+    column = lines[0].split(",").index("accuracy")
+    edited = []
+    for line in lines:
+        cells = line.split(",")
+        if ",test,," in line:
+            cells[column] = "0.5"
+        edited.append(",".join(cells))
+    run.write_text("\n".join(edited) + "\n")
+    after = text(tmp_path / "results", tmp_path)
+    changed = [new for old, new in zip(before.split("\n\n"), after.split("\n\n"), strict=True) if old != new]
+    assert changed and all("Single network" in part or "single network" in part for part in changed)
+    assert before.split("\n## ")[3:] == after.split("\n## ")[3:]
+
+
+def test_the_command_writes_it_without_torch(tmp_path):
+    (tmp_path / "results").mkdir()
+    code = "import sys, plots.__main__ as m; code = m.main(); assert 'torch' not in sys.modules; sys.exit(code)"
+    command = [sys.executable, "-c", code, "findings", "--results", str(tmp_path / "results")]
+    ran = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert ran.returncode == 0, ran.stderr
+    assert (tmp_path / "FINDINGS.md").exists() and "FINDINGS.md" in ran.stdout
