@@ -9,9 +9,9 @@ torchvision 0.28.0). Where the library does load, declaring them first would be 
 import sys
 from types import ModuleType
 
-from torch import library
+from torch import library as operators
 
-_declared: list[library.Library] = []  # operators live only as long as their Library object
+_declared: list[operators.Library] = []  # what is declared lives as long as this object
 
 
 def import_datasets() -> ModuleType:
@@ -24,7 +24,7 @@ def import_datasets() -> ModuleType:
         # A failed import leaves its submodules behind, and they would not be run again.
         for name in [name for name in sys.modules if name == "torchvision" or name.startswith("torchvision.")]:
             del sys.modules[name]
-        fragment = library.Library("torchvision", "FRAGMENT")
+        fragment = operators.Library("torchvision", "FRAGMENT")
         for operator in ("nms", "qnms"):
             fragment.define(f"{operator}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
         _declared.append(fragment)

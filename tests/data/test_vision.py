@@ -7,9 +7,9 @@ from batchens.files import ROOT
 
 ASKS_FOR_AN_OPERATOR = """
 from . import left_behind
-from torch import library
-library.register_fake("torchvision::nms")(lambda dets, scores, iou_threshold: dets)
-library.register_fake("torchvision::qnms")(lambda dets, scores, iou_threshold: dets)
+from torch import library as operators
+operators.register_fake("torchvision::nms")(lambda dets, scores, iou_threshold: dets)
+operators.register_fake("torchvision::qnms")(lambda dets, scores, iou_threshold: dets)
 from . import datasets
 """
 
