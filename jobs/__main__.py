@@ -125,9 +125,11 @@ def retry(
     allowed = [*RETRIED, "cancelled"]
     if unknown := [name for name in chosen if name not in allowed]:
         raise ValueError(f"--state must name some of {', '.join(allowed)}; however: {', '.join(unknown)}")
-    found = [one for one in _look(folders, experiment, grid) if one.state in chosen and not one.held]
+    every = [one for one in _look(folders, experiment, grid) if one.state in chosen]
+    found = [one for one in every if not one.held]
     if not found:
-        print(f"nothing to submit: no run is {' or '.join(chosen)}")
+        print(f"nothing to submit: no {'other ' * bool(every)}run is {' or '.join(chosen)}")
+        _mention_held(every)
         return
     before = sorted({one.submission.cluster for one in found if one.submission})
     if cluster is None and len(before) > 1:
@@ -163,9 +165,7 @@ def _hand_over(
     if record is None:
         found = look(folders, experiment, configs)
         print(f"nothing to submit: {_summary(experiment, grid, found)}")
-        if held := [state for state in found if state.held]:
-            jobs = _ranges(sorted({one.job_id for one in held}))
-            print(f"{len(held)} cancelled runs can be submitted when their jobs have ended: {jobs}")
+        _mention_held(found)
         _mention_foreign(found)
         return
     where = f"{len(record.jobs)} at once" if cluster.scheduler == "local" else f"jobs {_ranges(record.jobs)}"
@@ -173,6 +173,13 @@ def _hand_over(
         f"submitted {len(record.run_ids())} runs of {experiment} to {cluster.name}, {where}; logs: {record.folder / 'logs'}\n"
         f"watch them: python -m jobs status {experiment}{_options(grid, folders)} --watch"
     )
+
+
+def _mention_held(states: list[RunState]) -> None:
+    if held := [state for state in states if state.held]:
+        jobs = _ranges(sorted({one.job_id for one in held}))
+        runs = f"{len(held)} cancelled run{'s' * (len(held) != 1)}"
+        print(f"{runs} can be submitted when what they were in has ended: {jobs}")
 
 
 def _show_plan(
