@@ -17,7 +17,7 @@ from matplotlib.lines import Line2D
 from matplotlib.patheffects import Normal, Stroke
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
-from plots.figure import DASHED, LOOKS, MEASURES, MINUS, TEXT_WIDTH, Look, new_figure, with_spread
+from plots.figure import DASHED, LOOKS, MEASURES, MINUS, TEXT_WIDTH, Look, markdown, new_figure, with_spread
 from plots.reading import FACTS
 from plots.statistics import Difference, difference
 
@@ -195,6 +195,26 @@ def difference_in_words(found: Difference, measure: str) -> str:
     decimals = MEASURES[measure].decimals
     ends = f" ({interval_in_words(found, decimals)})" if np.isfinite(found.half) else ""
     return f"{found.mean:+.{decimals}f}".replace("-", MINUS) + ends
+
+
+def differences_in_words(found: Mapping[str, Difference]) -> dict[str, str]:
+    """Return, by name and unit, the difference in each measure with its interval; bold where that leaves 0 out."""
+    words = {name: difference_in_words(one, name) for name, one in found.items()}
+    return {
+        MEASURES[name].label.replace("%", "points"): f"**{text}**" if found[name].shown else text
+        for name, text in words.items()
+    }
+
+
+def paired_table(differences: pd.DataFrame, note: str = "") -> list[str]:
+    """Return the table of paired differences (rows of `differences_in_words`) below what it says; nothing of an empty one."""
+    if differences.empty:
+        return []
+    said = (
+        "Paired differences over seeds, mean and 95 % interval by Student's t, bold where it leaves 0 out; none is corrected "
+        f"for their number.{' ' * bool(note)}{note}"
+    )
+    return [f"{said}\n\n{markdown(differences)}"]
 
 
 # --- from numbers to pictures -----------------------------------------------------------------------------------------

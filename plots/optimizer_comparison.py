@@ -43,12 +43,14 @@ from plots.image_runs import (
     Setting,
     choose,
     difference_in_words,
+    differences_in_words,
     draw_curves,
     draw_reliability,
     draw_strip,
     label_rows,
     legend,
     logarithmic_losses,
+    paired_table,
     provenance,
     setting_names,
     summarise_epochs,
@@ -330,11 +332,7 @@ def summarise_differences(every: Sequence[Arm]) -> pd.DataFrame:
     rows = []
     for pair in comparisons(every):
         row = {"method": pair.ours.method, "difference": pair.label}
-        for name in COMPARED:
-            found = pair.difference(name)
-            text = difference_in_words(found, name)
-            row[MEASURES[name].label.replace("%", "points")] = f"**{text}**" if found.shown else text
-        rows.append(row)
+        rows.append(row | differences_in_words({name: pair.difference(name) for name in COMPARED}))
     return pd.DataFrame(rows)
 
 
@@ -525,12 +523,7 @@ def findings(df: pd.DataFrame) -> dict[str, Finding]:
             "the method's worst optimizer. Validation is once an epoch.\n\n"
             + markdown(summarise_convergence_in_words(reached, device)),
         ]
-        differences = summarise_differences(every)
-        if len(differences):
-            tables.append(
-                "Paired differences over seeds, mean and 95 % interval by Student's t, bold where it leaves 0 out; none is "
-                "corrected for their number.\n\n" + markdown(differences)
-            )
+        tables += paired_table(summarise_differences(every))
         made = provenance(setting.runs, describe(setting))
         found[setting.name] = Finding(_sentences(setting, every, reached, device), "\n\n".join(tables), made)
     return found

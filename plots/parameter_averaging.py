@@ -53,10 +53,12 @@ from plots.image_runs import (
     choose,
     curves_of,
     difference_in_words,
+    differences_in_words,
     draw_curves,
     draw_strip,
     label_rows,
     logarithmic,
+    paired_table,
     provenance,
     reliability_diagrams,
     setting_names,
@@ -391,11 +393,7 @@ def summarise_differences(setting: Setting) -> pd.DataFrame:
                 "less": str(pair.others["label"].iloc[0]),
                 "pairs": str(pair.difference("test_accuracy").pairs),
             }
-            for name in (*COMPARED, "test_ece"):
-                found = pair.difference(name)
-                text = difference_in_words(found, name)
-                row[MEASURES[name].label.replace("%", "points")] = f"**{text}**" if found.shown else text
-            rows.append(row)
+            rows.append(row | differences_in_words({name: pair.difference(name) for name in (*COMPARED, "test_ece")}))
     return pd.DataFrame(rows)
 
 
@@ -832,13 +830,9 @@ def findings(df: pd.DataFrame) -> dict[str, Finding]:
             "Mean ± standard deviation over seeds (of one seed no spread is known), by the number of networks, M; seconds are "
             f"of {_device(setting)}.\n\n" + markdown(summarise_cells(setting))
         ]
-        differences = summarise_differences(setting)
-        if len(differences):
-            tables.append(
-                "Paired differences over seeds, mean and 95 % interval by Student's t, bold where it leaves 0 out; none is "
-                f"corrected for their number. PermAVG and what it is compared with are chosen {ON_VALIDATION}.\n\n"
-                + markdown(differences)
-            )
+        tables += paired_table(
+            summarise_differences(setting), f"PermAVG and what it is compared with are chosen {ON_VALIDATION}."
+        )
         made = provenance(setting.runs, describe(setting))
         found[setting.name] = Finding(_sentences(setting, mine), "\n\n".join(tables), made)
     return found

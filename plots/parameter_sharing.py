@@ -40,12 +40,14 @@ from plots.image_runs import (
     Setting,
     curves_of,
     difference_in_words,
+    differences_in_words,
     draw_curves,
     draw_strip,
     in_words,
     label_rows,
     logarithmic,
     logarithmic_losses,
+    paired_table,
     provenance,
     reliability_diagrams,
     setting_names,
@@ -263,12 +265,9 @@ def summarise_differences(setting: Setting, measures: Sequence[str] = ("test_acc
     for regime in ("", *REGIMES):
         for kind, label, ours, other in comparisons(every, regime):
             row = {"tied": REGIMES.get(regime, ""), "cell": label, "compared with": kind.removeprefix("less ")}
-            for name in measures:
-                found = difference(ours.runs, other.runs, name)
-                row[MEASURES[name].label] = (
-                    f"**{difference_in_words(found, name)}**" if found.shown else difference_in_words(found, name)
-                )
-            rows.append(row)
+            rows.append(
+                row | differences_in_words({name: difference(ours.runs, other.runs, name) for name in measures})
+            )
     return pd.DataFrame(rows)
 
 
@@ -404,12 +403,7 @@ def findings(df: pd.DataFrame) -> dict[str, Finding]:
             "Mean ± standard deviation over seeds (of one seed no spread is known). Nothing was selected; the learning rate is "
             "the same for all.\n\n" + markdown(summarise_cells(setting))
         ]
-        differences = summarise_differences(setting)
-        if len(differences):
-            tables.append(
-                "Paired differences over seeds, mean and 95 % interval by Student's t, bold where it leaves 0 out; none is "
-                "corrected for their number.\n\n" + markdown(differences)
-            )
+        tables += paired_table(summarise_differences(setting))
         made = provenance(setting.runs, describe(setting))
         found[setting.name] = Finding(_sentences(setting), "\n\n".join(tables), made)
     return found

@@ -176,7 +176,7 @@ def test_a_paired_difference_and_its_interval_are_those_of_scipy(results: Path) 
     assert (found.mean, found.mean - found.half, found.mean + found.half) == pytest.approx((each.mean(), low, high))
     table = ps.summarise_differences(only(results))
     row = table[(table["cell"] == "all: whole") & (table["compared with"] == "plain network of this size")].iloc[0]
-    assert row["final test accuracy (%)"] == f"{each.mean():+.2f} ({low:+.2f} to {high:+.2f})".replace("-", MINUS)
+    assert row["final test accuracy (points)"] == f"{each.mean():+.2f} ({low:+.2f} to {high:+.2f})".replace("-", MINUS)
 
 
 def test_an_interval_that_leaves_0_out_is_bold_and_counted(results: Path) -> None:
