@@ -1,13 +1,10 @@
 import csv
-import subprocess
-import sys
 from collections import Counter
 from dataclasses import fields, replace
 
 import pytest
 
 from batchens import optimizers
-from batchens.files import ROOT
 from batchens.grid import run_id
 from batchens.results import METRICS, damage, differences
 from batchens.run import Folders, Run
@@ -56,12 +53,6 @@ def test_the_id_of_the_default_run_never_changes():
 
 
 STUDIES = [name for name in GRIDS if name != "smoke"]
-
-
-@pytest.mark.parametrize("name", GRIDS)
-def test_every_run_of_a_grid_has_its_own_id(name):
-    ids = [run_id(config) for config in GRIDS[name]]
-    assert len(set(ids)) == len(ids)
 
 
 @pytest.mark.parametrize("name", STUDIES)
@@ -175,19 +166,6 @@ def test_all_methods_of_a_seed_start_from_the_same_point_and_members_from_points
 # the command line
 
 
-@pytest.mark.parametrize("start", [["scripts/parameter_sharing.py"], ["-m", "scripts.parameter_sharing"]])
-def test_help_has_every_field_both_ways_of_starting(start):
-    ran = subprocess.run([sys.executable, *start, "--help"], capture_output=True, text=True, cwd=ROOT, timeout=60)
-    assert ran.returncode == 0, ran.stderr
-    for name in [*(field.name for field in fields(Config)), "data", "runs", "results"]:
-        assert f"--{name.replace('_', '-')}" in ran.stdout
-
-
-def test_settings_and_grids_need_no_torch(python):
-    ran = python("import sys; from scripts.parameter_sharing import GRIDS; print('torch' in sys.modules)")
-    assert ran.stdout == "False\n", ran.stderr
-
-
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -207,12 +185,8 @@ def test_settings_and_grids_need_no_torch(python):
         (["--batch-size", "2000"], "batch_size must be at most the number of training images, however: 2000 > 1257"),
     ],
 )
-def test_what_is_not_possible_is_said_and_nothing_is_trained(arguments, message, command, tmp_path):
-    code, said = command(*arguments)
-    assert code == 2
-    assert message in " ".join(said.replace("│", " ").split())
-    assert "Traceback" not in said
-    assert not list((tmp_path / "results").rglob("*.csv")) and not list(tmp_path.rglob("checkpoint.pt"))
+def test_what_is_not_possible_is_said_and_nothing_is_trained(arguments, message, refused):
+    assert message in refused(*arguments)
 
 
 def rows_of(folder):
