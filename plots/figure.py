@@ -64,11 +64,13 @@ Figures: TypeAlias = Iterator[tuple[str, str, Figure]]  # setting/name, caption,
 
 
 class Finding(NamedTuple):
-    """What a setting's results say: in sentences, as a Markdown table, and from which runs."""
+    """What a setting's results say: in sentences, in Markdown tables, and from which runs."""
 
     sentences: list[str]
     table: str
     provenance: str
+    differences: str = ""
+    """the table of paired differences that the sentences count, for FINDINGS.md"""
 
 
 class Look(NamedTuple):

@@ -94,13 +94,13 @@ def _figures(folder: Path, claim: Claim, beside: Path) -> str:
 
 
 def said(experiment: str) -> Callable[[pd.DataFrame], list[str]]:
-    """Return what says of each setting of an experiment what its figures' README does, less the tables."""
+    """Return what says of each setting what its figures' README does, of the tables only that of paired differences."""
 
     def measured(df: pd.DataFrame) -> list[str]:
         paragraphs = []
         for name, finding in import_module(f"plots.{experiment}").findings(df).items():
             lines = [f"- {sentence}" for sentence in finding.sentences]
-            paragraphs += [f"{name}:", "\n".join(lines)]
+            paragraphs += [f"{name}:", "\n".join(lines), *([finding.differences] if finding.differences else [])]
         return paragraphs
 
     return measured

@@ -206,6 +206,38 @@ def differences_in_words(found: Mapping[str, Difference]) -> dict[str, str]:
     }
 
 
+COUNTED = (
+    "Better and worse are paired differences over seeds whose 95 % interval (t) leaves 0 out; where there is none at all, 1 in "
+    "40 would each way."
+)
+
+
+def in_favour(found: Difference, measure: str) -> bool:
+    """Return whether a difference is shown, and is one for the better."""
+    return found.shown and (found.mean > 0) == bool(MEASURES[measure].more_is_better)
+
+
+def tally(found: Mapping[str, Sequence[Difference]]) -> str:
+    """Return, by measure, how many differences are shown to be better and worse; of one alone, what it is.
+
+    Nothing where no interval is known.
+    """
+    words = []
+    for name, every in found.items():
+        known = [one for one in every if np.isfinite(one.half)]
+        shown = sum(one.shown for one in known)
+        label, unit = MEASURES[name].name.removeprefix("final "), MEASURES[name].unit.replace("%", "points")
+        if len(known) == 1:
+            verdict = "" if shown else ", no difference is shown"
+            words.append(f"{label} {difference_in_words(known[0], name)} {unit}{verdict}")
+        elif known and not shown:
+            words.append(f"{label}, no difference is shown in any of {len(known)}")
+        elif known:
+            better = sum(in_favour(one, name) for one in known)
+            words.append(f"{label} better in {better} and worse in {shown - better} of {len(known)}")
+    return "; ".join(words)
+
+
 def paired_table(differences: pd.DataFrame, note: str = "") -> list[str]:
     """Return the table of paired differences (rows of `differences_in_words`) below what it says; nothing of an empty one."""
     if differences.empty:

@@ -36,13 +36,13 @@ from plots.figure import (
     with_spread,
 )
 from plots.image_runs import (
+    COUNTED,
     GREY,
     ON_VALIDATION,
     RELIABILITY_BINS,
     SPARSE,
     Setting,
     choose,
-    difference_in_words,
     differences_in_words,
     draw_curves,
     draw_reliability,
@@ -55,6 +55,7 @@ from plots.image_runs import (
     setting_names,
     summarise_epochs,
     summarise_reliability,
+    tally,
     two_members,
 )
 from plots.image_runs import summarise_runs as summarise_image_runs
@@ -523,9 +524,11 @@ def findings(df: pd.DataFrame) -> dict[str, Finding]:
             "the method's worst optimizer. Validation is once an epoch.\n\n"
             + markdown(summarise_convergence_in_words(reached, device)),
         ]
-        tables += paired_table(summarise_differences(every))
+        differences = paired_table(summarise_differences(every))
         made = provenance(setting.runs, describe(setting))
-        found[setting.name] = Finding(_sentences(setting, every, reached, device), "\n\n".join(tables), made)
+        found[setting.name] = Finding(
+            _sentences(setting, every, reached, device), "\n\n".join(tables + differences), made, "".join(differences)
+        )
     return found
 
 
@@ -613,39 +616,19 @@ def _by_rate(some: Sequence[Arm]) -> str:
 
 
 def _verdicts(every: Sequence[Arm]) -> list[str]:
-    """Return, of each measure, which paired intervals leave 0 out and which do not."""
-    lines = []
+    """Return, of each pair of optimizers, in how many methods the one is shown to be better and worse."""
     pairs = comparisons(every)
-    for name in COMPARED:
-        measure = MEASURES[name]
-        known = [(pair, found) for pair in pairs if np.isfinite((found := pair.difference(name)).half)]
-        if not known:
-            continue
-        shown = [(pair, f"{pair.label} {difference_in_words(found, name)}") for pair, found in known if found.shown]
-        rest = [(pair, pair.label) for pair, found in known if not found.shown]
-        text = (
-            f"Paired differences of {measure.name} in {measure.unit.replace('%', 'points')} whose 95 % interval (t) leaves 0 "
-            f"out: {len(shown)} of {len(known)}"
-        )
-        if shown:
-            text += f", where {0.05 * len(known):.1f} would be expected of no difference at all: {_by_method(shown)}"
-        text += f". No difference is shown: {_by_method(rest)}." if rest else "."
-        if few := len(pairs) - len(known):
-            text += f" Too few to tell: {few} more, of fewer than three paired seeds."
-        lines.append(text)
-    if pairs and not lines:
-        lines.append(
-            "No two optimizers have three seeds in common: no interval is known, and none can be said to be better."
-        )
-    return lines
-
-
-def _by_method(words: Sequence[tuple[Comparison, str]]) -> str:
-    """Return `single network, a, b; deep ensemble of 4, c`."""
-    methods = dict.fromkeys(pair.ours.method for pair, _ in words)
-    return "; ".join(
-        f"{method}, {', '.join(word for pair, word in words if pair.ours.method == method)}" for method in methods
-    )
+    lines = []
+    for label in dict.fromkeys(pair.label for pair in pairs):
+        mine = [pair for pair in pairs if pair.label == label]
+        if words := tally({name: [pair.difference(name) for pair in mine] for name in COMPARED}):
+            methods = f"of {len(mine)} methods" if len(mine) > 1 else mine[0].ours.method
+            lines.append(f"{label}, {methods}: {words}.")
+    if lines:
+        return [COUNTED, *lines]
+    return [
+        "No two optimizers have three seeds in common: no interval is known, and none can be said to be better."
+    ] * bool(pairs)
 
 
 def _curve_figures(every: Sequence[Arm], df: pd.DataFrame) -> Figures:

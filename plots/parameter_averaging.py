@@ -56,6 +56,7 @@ from plots.image_runs import (
     differences_in_words,
     draw_curves,
     draw_strip,
+    in_favour,
     label_rows,
     logarithmic,
     paired_table,
@@ -410,13 +411,8 @@ def _verdict(pairs: Sequence[Comparison], measure: str) -> str:
         kind = "no difference is shown from" if np.isfinite(found.half) else "too few seeds to tell from"
         if found.shown:
             kind = "better than" if in_favour(found, measure) else "worse than"
-        kinds[kind].append(f"{pair.others['label'].iloc[0]} ({_short(found, measure)})")
+        kinds[kind].append(str(pair.others["label"].iloc[0]))
     return "; ".join(f"{kind} {listed(words)}" for kind, words in kinds.items() if words)
-
-
-def in_favour(found: Difference, measure: str) -> bool:
-    """Return whether a difference is shown, and is one for the better."""
-    return found.shown and (found.mean > 0) == bool(MEASURES[measure].more_is_better)
 
 
 def _short(found: Difference, measure: str) -> str:
@@ -451,8 +447,8 @@ def _sentences(setting: Setting, df: pd.DataFrame) -> list[str]:
     verdicts = [line for thesis in (False, True) for line in _verdicts(setting, size, thesis)]
     if verdicts:
         lines.append(
-            "PermAVG is compared with each method over paired seeds: the difference and its 95 % interval, of a method in "
-            "several forms from the one that is best on validation."
+            "PermAVG is compared with each method over paired seeds, by 95 % intervals (t), of a method in several forms with "
+            "the one that is best on validation."
         )
     lines += verdicts
     return [
@@ -830,11 +826,14 @@ def findings(df: pd.DataFrame) -> dict[str, Finding]:
             "Mean ± standard deviation over seeds (of one seed no spread is known), by the number of networks, M; seconds are "
             f"of {_device(setting)}.\n\n" + markdown(summarise_cells(setting))
         ]
-        tables += paired_table(
-            summarise_differences(setting), f"PermAVG and what it is compared with are chosen {ON_VALIDATION}."
-        )
+        pairs = summarise_differences(setting)
+        note = f"PermAVG and what it is compared with are chosen {ON_VALIDATION}."
+        of_main_size = pairs[pairs["networks"] == str(main_size(setting))] if len(pairs) else pairs
+        tables += paired_table(pairs, note)
         made = provenance(setting.runs, describe(setting))
-        found[setting.name] = Finding(_sentences(setting, mine), "\n\n".join(tables), made)
+        found[setting.name] = Finding(
+            _sentences(setting, mine), "\n\n".join(tables), made, "".join(paired_table(of_main_size, note))
+        )
     return found
 
 

@@ -35,11 +35,11 @@ from plots.figure import (
     with_spread,
 )
 from plots.image_runs import (
+    COUNTED,
     GREY,
     RELIABILITY,
     Setting,
     curves_of,
-    difference_in_words,
     differences_in_words,
     draw_curves,
     draw_strip,
@@ -53,6 +53,7 @@ from plots.image_runs import (
     setting_names,
     summarise_epochs,
     summarise_reliability,
+    tally,
     two_members,
 )
 from plots.image_runs import summarise_runs as summarise_image_runs
@@ -403,9 +404,11 @@ def findings(df: pd.DataFrame) -> dict[str, Finding]:
             "Mean ± standard deviation over seeds (of one seed no spread is known). Nothing was selected; the learning rate is "
             "the same for all.\n\n" + markdown(summarise_cells(setting))
         ]
-        tables += paired_table(summarise_differences(setting))
+        differences = paired_table(summarise_differences(setting))
         made = provenance(setting.runs, describe(setting))
-        found[setting.name] = Finding(_sentences(setting), "\n\n".join(tables), made)
+        found[setting.name] = Finding(
+            _sentences(setting), "\n\n".join(tables + differences), made, "".join(differences)
+        )
     return found
 
 
@@ -455,26 +458,23 @@ def _sentences(setting: Setting) -> list[str]:
 
 
 def _verdicts(every: Sequence[Cell]) -> list[str]:
-    """Return, of each kind of comparison, how many intervals leave 0 out, and which."""
+    """Return, of each kind of comparison, how many are shown to be better and worse."""
+    groups: dict[str, list[Comparison]] = {}
+    for regime in ("", *REGIMES):
+        for pair in comparisons(every, regime):
+            what = f"tied {REGIMES[regime]}," if regime else pair.label
+            groups.setdefault(f"{what} {pair.kind}", []).append(pair)
     lines = []
-    for name in ("test_accuracy", "test_nll"):
-        measure, total, shown = MEASURES[name], 0, []
-        for regime in ("", *REGIMES):
-            for pair in comparisons(every, regime):
-                found = difference(pair.ours.runs, pair.other.runs, name)
-                total += bool(np.isfinite(found.half))
-                if found.shown:
-                    where = f"{regime}, " if regime else ""
-                    shown.append(f"{where}{pair.label} {pair.kind} {difference_in_words(found, name)}")
-        unit = measure.unit.replace("%", "points")
-        if total:
-            lines.append(
-                f"Paired differences of {measure.name} in {unit} whose 95 % interval leaves 0 out: {len(shown)} of {total}, "
-                f"where {0.05 * total:.1f} would be expected of no difference at all{': ' + '; '.join(shown) if shown else ''}."
-            )
-    return lines or [
-        "No two cells have three seeds in common: no interval is known, and none can be said to be better."
-    ]
+    for what, pairs in groups.items():
+        found = {name: [difference(one.ours.runs, one.other.runs, name) for one in pairs]
+                 for name in ("test_accuracy", "test_nll")}  # fmt: skip
+        if words := tally(found):
+            lines.append(f"{what[0].upper()}{what[1:]}: {words}.")
+    return (
+        [COUNTED, *lines]
+        if lines
+        else ["No two cells have three seeds in common: no interval is known, and none can be said to be better."]
+    )
 
 
 def _scheme_figure(setting: Setting, df: pd.DataFrame) -> Figures:

@@ -65,6 +65,20 @@ def test_a_comparison_pairs_seeds_and_says_what_it_shows() -> None:
     assert image_runs.compared(ours, cell(s7=1), names) == "ours and other have no seed in common."
 
 
+def test_a_tally_counts_what_is_shown_for_the_better_and_the_worse_and_states_one_alone() -> None:
+    up, down, wide, unknown = (image_runs.Difference(mean, half, 3) for mean, half in
+                               ((2.0, 1.0), (-2.0, 1.0), (2.0, 3.0), (2.0, np.nan)))  # fmt: skip
+    assert image_runs.tally({"test_accuracy": [up, up, down, wide, unknown], "test_nll": [up, up, down, wide]}) == (
+        "test accuracy better in 2 and worse in 1 of 4; test NLL better in 1 and worse in 2 of 4"
+    )
+    assert image_runs.tally({"test_accuracy": [wide, wide]}) == "test accuracy, no difference is shown in any of 2"
+    alone = (
+        "test accuracy +2.00 (+1.00 to +3.00) points; test NLL +2.000 (-1.000 to +5.000) nats, no difference is shown"
+    )
+    assert image_runs.tally({"test_accuracy": [up], "test_nll": [wide, unknown]}) == alone.replace("-", figure.MINUS)
+    assert image_runs.tally({"test_accuracy": [unknown, unknown]}) == ""
+
+
 def test_selection_is_among_the_cells_it_is_given() -> None:
     runs = pd.DataFrame(
         {
