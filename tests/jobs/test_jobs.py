@@ -211,10 +211,23 @@ def test_cancel_stops_the_workers_and_submit_goes_on(place):
     assert place.states() == {"done": 6}
 
 
+SAYS_WHEN_IT_WAITS = """
+import runpy, sys, time
+sleep = time.sleep
+def saying(seconds):
+    print("waits", flush=True)
+    sleep(seconds)
+time.sleep = saying
+runpy.run_module("jobs", run_name="__main__", alter_sys=True)
+"""
+
+
 def test_ctrl_c_ends_the_watching_and_not_the_runs(place):
     place.jobs("submit", EXPERIMENT, "--grid", "smoke", "--cluster", "local", "--max-parallel", "1")
-    watching = place.start("status", EXPERIMENT, "--grid", "smoke", "--watch")
-    time.sleep(1)
+    command = [sys.executable, "-c", SAYS_WHEN_IT_WAITS, "status", EXPERIMENT, "--grid", "smoke", "--watch"]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    watching = subprocess.Popen(command, cwd=ROOT, env=place.environment, text=True, **pipes)
+    assert watching.stdout.readline() == "waits\n"
     watching.send_signal(signal.SIGINT)
     _, err = watching.communicate(timeout=30)
     assert watching.returncode == 130 and "the runs go on" in err and "Traceback" not in err
