@@ -15,8 +15,11 @@ def check(config: Any) -> None:
         ValueError: one is not possible; the message says which, what is allowed and what it was.
     """
     for name, least in LEAST.items():
-        if not getattr(config, name) >= least:
-            raise ValueError(f"{name} must be at least {least}, however: {getattr(config, name)}")
+        value = getattr(config, name)
+        if not least <= value < math.inf:
+            raise ValueError(
+                f"{name} must be {'finite' if value == math.inf else f'at least {least}'}, however: {value}"
+            )
     if not config.warmup_epochs < config.epochs:
         raise ValueError(f"warmup_epochs must be below epochs={config.epochs}, however: {config.warmup_epochs}")
     if not 0 < config.learning_rate < math.inf:
