@@ -140,7 +140,7 @@ def choose(runs: pd.DataFrame, cell: Sequence[str], of: Sequence[str] = ("arm", 
     ranked = cells.sort_values(
         ["several", "accuracy", "nll"], ascending=[False, False, True], kind="stable"
     ).reset_index()
-    ranked["candidates"] = ranked.groupby(of)["seeds"].transform("size")
+    ranked["candidates"] = ranked.groupby([*of, "several"])["seeds"].transform("size")
     return runs.merge(ranked.drop_duplicates(of)[[*cell, "candidates"]], on=cell)
 
 

@@ -23,7 +23,7 @@ from matplotlib.cm import ScalarMappable
 from matplotlib.colors import LogNorm, Normalize, SymLogNorm
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import FuncFormatter, MaxNLocator
+from matplotlib.ticker import MaxNLocator
 
 from batchens import results
 from plots.figure import (
@@ -76,7 +76,9 @@ VARIED = [
     "method", "ensemble_size", "matching", "start", "temperature", "extra_epochs", "extra_learning_rate", "seed",
 ]  # fmt: skip
 CONFIG = [*SETTING, *VARIED]
-COSTS = ("parameters_trained", "seconds_base", "seconds_matching", "inference_images_per_second")  # of a run
+COSTS = (
+    "parameters_trained", "seconds_base", "seconds_matching", "inference_images_per_second", "plain_images_per_second",
+)  # fmt: skip  # of a run
 MATRIX = ("layer", "size", "diagonal", "row_max", "unique_argmax", "row_error")
 METRICS = (*results.METRICS, *COSTS, *MATRIX, "barrier")
 
@@ -115,16 +117,15 @@ OTHERS = {
     "fine_tuned_average": "fine-tuned average",
     "mixing": "free mixing",
 }
-THESIS_SIZE = 3
+THESIS_SIZE, THESIS_TEMPERATURE, THESIS_RATE = 3, 1.0, 0.1
 COMPARED = ("test_accuracy", "test_nll")
 OWN = {
     "total_seconds": Measure("training time, of the networks and after", "s", 1),
-    "inference_images_per_second": Measure("images per second in inference", "", 0, True),
+    "relative_speed": Measure("images per second, plain network = 1", "", 2, True),
 }
 RATIO = Measure("", "", 2)
-DOTS = "Dots are seeds, diamonds their mean with its 95 % interval by Student's t"
 LEAVING = 3  # an axis is at most so many times as long as the nearer half of its rows needs; others are at its edge
-AT_THE_EDGE = "what lies far from the rest is written at the edge, mean ± standard deviation"
+AT_THE_EDGE = "what lies far from the rest, or reaches as far, is written at the edge, mean ± standard deviation"
 
 
 # --- from rows to numbers ---------------------------------------------------------------------------------------------
@@ -134,7 +135,8 @@ def summarise_runs(df: pd.DataFrame) -> pd.DataFrame:
     """Return one row a run and form: its configuration, its arm, and its measures after its last epoch; shares in percent.
 
     `seconds` are of training after the networks', `total_seconds` of all training and matching; the networks' time is that of
-    all M, also of the best single one.
+    all M, also of the best single one. `relative_speed` is of inference, beside the plain network that the same process timed
+    in turn with the run's own; what another process measures at another load is beside nothing.
     """
     ensemble = df[df["member"].isna()]
     seconds = df[df["split"] == "train"].drop_duplicates(["run_id", "epoch"]).groupby("run_id")["seconds"].sum()
@@ -151,7 +153,9 @@ def summarise_runs(df: pd.DataFrame) -> pd.DataFrame:
         runs[name] = runs[name].astype(object).where(runs[name].notna(), "")
     runs["seconds"] = runs["run_id"].map(seconds).fillna(0.0)
     runs["total_seconds"] = runs["seconds_base"] + runs["seconds_matching"].fillna(0) + runs["seconds"]
-    runs["arm"] = [_arm(*of) for of in runs[["method", "start", "matching", "temperature"]].itertuples(index=False)]
+    runs["relative_speed"] = runs["inference_images_per_second"] / runs["plain_images_per_second"]
+    deciding = ["method", "start", "matching", "temperature", "extra_learning_rate"]
+    runs["arm"] = [_arm(*of) for of in runs[deciding].itertuples(index=False)]
     return runs
 
 
@@ -159,10 +163,10 @@ def _last(rows: pd.DataFrame) -> pd.DataFrame:
     return rows.sort_values("epoch", kind="stable").drop_duplicates("run_id", keep="last").set_index("run_id")
 
 
-def _arm(method: str, start: str, matching: str, temperature: float) -> str:
+def _arm(method: str, start: str, matching: str, temperature: float, rate: float) -> str:
     if method == "weight_matching":
         return f"matching_{matching or 'mean'}"
-    if method == "permavg" and start == "identity" and temperature == 1:
+    if (method, start, temperature, rate) == ("permavg", "identity", THESIS_TEMPERATURE, THESIS_RATE):
         return "thesis"
     matched = {"permavg": "permavg_matched", "mixing": "mixing_matched", "fine_tuned_average": "fine_tuned_matched"}
     return matched[method] if start == "matching" else method
@@ -194,28 +198,38 @@ TOLD = {
 
 
 def _labelled(runs: pd.DataFrame, told: Collection[str] = tuple(TOLD)) -> pd.DataFrame:
-    """Add `label`: no more of what varies within an arm than it takes to tell its configurations apart; T always."""
-    labels = []
+    """Add `label`: no more of what varies within a form than it takes to tell its configurations apart.
+
+    A form is an arm, of PermAVG a start and a temperature, the thesis' rate being one of several. PermAVG that is not the
+    thesis' by its rate alone tells that always.
+    """
+    forms = runs.apply(_form_of, axis=1)
     several = {}
-    for arm, mine in runs.groupby("arm"):
+    for form, mine in runs.groupby(forms):
         known = mine.assign(matching=mine["matching"].where(mine["ensemble_size"] > 2))  # of two, both ways are one
-        if arm == "longer":  # whose epochs are as many as M networks'
+        if form == ARMS["longer"].label:  # whose epochs are as many as M networks'
             known["extra_epochs"] -= known["ensemble_size"] * known["epochs"]
-        several[arm] = [name for name in told if known[name].nunique() > 1]
-    for run in runs.to_dict("records"):
-        arm = run["arm"]
-        words = [ARMS[arm].label]
-        if arm in PERMAVG:
-            form = {"thesis": " (thesis)", "permavg_matched": " from matched"}.get(arm, "")
-            words = [f"PermAVG T = {number(run['temperature'])}{form}"]
+        several[form] = [name for name in told if known[name].nunique() > 1]
+    labels = []
+    for form, run in zip(forms, runs.to_dict("records"), strict=True):
+        arm, names = run["arm"], several[form]
+        if (arm, run["temperature"]) == ("permavg", THESIS_TEMPERATURE):
+            names = list(dict.fromkeys([*names, "extra_learning_rate"]))
+        words = [f"{form} (thesis)" if arm == "thesis" else form]
         if arm == "single" and run["ensemble_size"] == 1:
             words = ["first single network"]
-        for name in several[arm]:
+        for name in names:
             words.append(f"{TOLD[name]} {run[name] if name == 'matching' else number(run[name])}")
         labels.append(", ".join(words) + FORMS[run["form"]])
     order = {arm: i for i, arm in enumerate(ARMS)}
     ranks = runs.assign(label=labels, rank=runs["arm"].map(order), part=runs["form"].map(list(FORMS).index))
     return ranks.sort_values(["ensemble_size", "part", "rank", "label", "seed"]).drop(columns=["rank", "part"])
+
+
+def _form_of(run: pd.Series) -> str:
+    if run["arm"] not in PERMAVG:
+        return ARMS[run["arm"]].label
+    return f"PermAVG T = {number(run['temperature'])}{' from matched' * (run['arm'] == 'permavg_matched')}"
 
 
 def main_size(setting: Setting) -> int:
@@ -250,7 +264,7 @@ def cells(setting: Setting, size: int) -> list[Cell]:
     """Return what is made of so many networks, the first of them before all else, forms of their own last.
 
     Of configurations that differ in the learning rate of extra training alone there is the best on validation, of so many
-    `candidates`.
+    `candidates`; PermAVG as in the thesis always is there, and beside it what differs from that in its rate alone.
     """
     runs = _labelled(setting.runs, [name for name in TOLD if name != "extra_learning_rate"])
     own = runs[runs["form"] == ""]
@@ -362,7 +376,7 @@ def picture(df: pd.DataFrame, run_id: str, split: str) -> np.ndarray | None:
 def summarise_cells(setting: Setting) -> pd.DataFrame:
     """Return, as text, what is made of each number of networks: seeds, scores, parameters, and the time of one device."""
     rows = []
-    device, plain = _device(setting), setting.runs[setting.runs["arm"] == "single"]
+    device = _device(setting)
     for (size, label), mine in setting.runs.groupby(["ensemble_size", "label"], sort=False):
         timed = mine[mine["device_name"].astype(str) == device]
         row = {"networks": str(size), "method": str(label), "seeds": str(len(mine))}
@@ -374,11 +388,8 @@ def summarise_cells(setting: Setting) -> pd.DataFrame:
         row["parameters trained after"] = f"{mine['parameters_trained'].iloc[0]:,.0f}"
         own = mine["form"].iloc[0] == ""
         row["training after (s)"] = with_spread(timed["seconds"], RATIO, unit=False) if own else ""
-        row["images per second, plain network = 1"] = (
-            with_spread(relative_speed(mine, plain[plain["ensemble_size"] == size], device), RATIO, unit=False)
-            if own
-            else ""
-        )
+        speeds = timed["relative_speed"].dropna()
+        row[OWN["relative_speed"].label] = with_spread(speeds, RATIO, unit=False) if own and len(speeds) else ""
         rows.append(row)
     return pd.DataFrame(rows)
 
@@ -444,10 +455,11 @@ def _sentences(setting: Setting, df: pd.DataFrame) -> list[str]:
         lines.append(f"{title[0].upper()}{title[1:]}: {scores(some)}.")
     if rates := _rates(every):
         lines.append(rates.strip().replace("is drawn", "is told"))
+    lines += _rate_sentences(setting, size)
     verdicts = [line for thesis in (False, True) for line in _verdicts(setting, size, thesis)]
     if verdicts:
         lines.append(
-            "PermAVG is compared with each method over paired seeds, by 95 % intervals (t), of a method in several forms with "
+            "PermAVG is compared with each method over paired seeds, by 95 % intervals (t), of several configurations with "
             "the one that is best on validation."
         )
     lines += verdicts
@@ -457,6 +469,29 @@ def _sentences(setting: Setting, df: pd.DataFrame) -> list[str]:
         *_barrier_sentence(df, setting),
         *_network_sentence(setting, size),
     ]
+
+
+def _rate_sentences(setting: Setting, size: int) -> list[str]:
+    """Return which chosen rates of extra training are the smallest or largest that were tried, and which are the only ones."""
+    runs = setting.runs
+    trained = runs[(runs["ensemble_size"] == size) & (runs["form"] == "") & runs["extra_learning_rate"].notna()]
+    edges, only = [], []
+    form = ["method", "start", "matching", "temperature", "extra_epochs"]
+    for _, tried in trained.groupby(form, dropna=False, sort=False):
+        chosen, rates = _best(tried).iloc[0], sorted(set(tried["extra_learning_rate"]))
+        rate = chosen["extra_learning_rate"]
+        told = f", {TOLD['extra_learning_rate']} {number(rate)}"
+        words = f"{chosen['label'].replace(' (thesis)', '').replace(told, '')} at {number(rate)}"
+        if len(rates) == 1:
+            only.append(words)
+        elif rate in (rates[0], rates[-1]):
+            edges.append(f"{words}, the {'smallest' if rate == rates[0] else 'largest'} of {len(rates)}")
+    lines = []
+    if edges:
+        lines.append(f"At the edge of the rates that were tried, so that the best may lie outside: {'; '.join(edges)}.")
+    if only:
+        lines.append(f"Nothing was chosen where one rate alone was tried: {'; '.join(only)}.")
+    return lines
 
 
 def _epochs_of(fields: dict[str, Any]) -> str:
@@ -473,7 +508,7 @@ def _verdicts(setting: Setting, size: int, thesis: bool) -> list[str]:
     ours = pairs[0].ours
     name, candidates, epochs = (ours[column].iloc[0] for column in ("label", "candidates", "extra_epochs"))
     if not thesis:
-        name += f", best of {candidates} forms on validation" if candidates > 1 else ""
+        name += f", best of {candidates} configurations on validation" if candidates > 1 else ""
     head = f"{name}, of {size} networks, at equal extra epochs ({epochs:g})"
     lines = [
         f"{head}, test {word}: {_verdict(pairs, name)}."
@@ -538,24 +573,35 @@ def _network_sentence(setting: Setting, size: int) -> list[str]:
         return []
     ours, device = pairs[0].ours, _device(setting)
     by = {pair.other: pair.others for pair in pairs}
-    words = []
-    for method, name in (("single", "of one plain network"), ("deep_ensemble", "of the deep ensemble")):
-        if method in by:
-            share = ours["parameters"].iloc[0] / by[method]["parameters"].iloc[0]
-            speed = with_spread(relative_speed(ours, by[method], device), RATIO, unit=False)
-            words.append(f"{share:.3g} and {speed} times those {name}")
-    beside = f"; these and its images per second in inference are {listed(words)} ({device})" if words else ""
-    return [
+    ensemble = by.get("deep_ensemble", ours.iloc[:0])
+    shares = [
+        f"{ours['parameters'].iloc[0] / by[method]['parameters'].iloc[0]:.3g} times those of {name}"
+        for method, name in (("single", "one plain network"), ("deep_ensemble", "the deep ensemble"))
+        if method in by
+    ]
+    beside = f" ({listed(shares)})" if shares else ""
+    lines = [
         f"PermAVG's network, written out, has {ours['parameters'].iloc[0]:,.0f} parameters{beside}. To make it of {size} "
         f"networks {ours['parameters_trained'].iloc[0]:,.0f} entries of matrices were trained."
     ]
+    plain = ours.loc[ours["device_name"].astype(str) == device, "relative_speed"].dropna()
+    speeds = [(plain, "a plain network"), (relative_speed(ours, ensemble, device), "the deep ensemble")]
+    if words := [
+        f"{with_spread(times, RATIO, unit=False)} times those of {name}" for times, name in speeds if len(times)
+    ]:
+        lines.append(
+            f"Its images per second in inference are {listed(words)}; each was timed in turn with a plain network ({device})."
+        )
+    return lines
 
 
 def relative_speed(ours: pd.DataFrame, others: pd.DataFrame, device: str) -> pd.Series:
-    """Return, for each seed that both have on the device, how many times the others' images a second ours infers."""
+    """Return, for each seed that both have on the device, how many times the others' images a second ours infers.
+
+    Each beside the plain network of its own process: the ratio of both ratios.
+    """
     one, two = (
-        runs[runs["device_name"].astype(str) == device].set_index("seed")["inference_images_per_second"]
-        for runs in (ours, others)
+        runs[runs["device_name"].astype(str) == device].set_index("seed")["relative_speed"] for runs in (ours, others)
     )
     return (one / two).dropna()
 
@@ -579,12 +625,23 @@ def describe(setting: Setting) -> str:
     )
 
 
+def _seeds(every: Iterable[Cell]) -> list[int]:
+    return [cell.runs["seed"].nunique() for cell in every]
+
+
 def _n(every: Iterable[Cell]) -> str:
-    return counted(cell.runs["seed"].nunique() for cell in every)
+    return counted(_seeds(every))
 
 
 def _n_of(runs: pd.DataFrame) -> str:
     return counted(runs.groupby([*CELL, "form"], dropna=False)["seed"].nunique())
+
+
+def _dots(n: Sequence[int], what: str = "seed") -> str:
+    """Return what dots and diamonds are, of so many seeds: no interval is promised where none is known."""
+    interval = " with its 95 % interval by Student's t" if max(n) >= 3 else ""
+    none = f"; no interval is drawn of fewer than 3 {what}s" if min(n) < 3 else ""
+    return f"Dots are seeds, diamonds their mean{interval}, {counted(n).replace('seed', what)}{none}; {AT_THE_EDGE}"
 
 
 # --- from numbers to pictures -----------------------------------------------------------------------------------------
@@ -598,15 +655,17 @@ class Row(NamedTuple):
     found: Difference
 
 
-def span_of(parts: Sequence[tuple[float, float, float]]) -> tuple[float, float]:
+def span_of(parts: Sequence[tuple[float, float, float]], zero: bool = False) -> tuple[float, float]:
     """Return the ends of an axis for (mean, lowest, highest): of all, but for what lies far from the rest of them.
 
-    From the half that is nearest to the median outwards, until the axis would be LEAVING times as long as that half needs.
+    From the half that is nearest to the median, and 0 if it must be seen, outwards, until the axis would be LEAVING times as
+    long as these need.
     """
     middle = np.median([mean for mean, _, _ in parts])
     near = sorted(parts, key=lambda part: abs(part[0] - middle))
     half = near[: max(3, -(-len(near) // 2))]
-    low, high = min(part[1] for part in half), max(part[2] for part in half)
+    seen = [0.0] if zero else []
+    low, high = min([*seen, *(part[1] for part in half)]), max([*seen, *(part[2] for part in half)])
     longest = LEAVING * (high - low)
     for _, least, most in near[len(half) :]:
         if max(high, most) - min(low, least) > longest:
@@ -621,10 +680,10 @@ def _padded(values: Iterable[float]) -> tuple[float, float]:
     return low - pad, high + pad
 
 
-def draw_rows(rows: Sequence[tuple[str, Row | None]], ax: Axes, *, measure: str) -> Axes:
+def draw_rows(rows: Sequence[tuple[str, Row | None]], ax: Axes, *, measure: str, zero: bool = False) -> Axes:
     """Draw rows from above, headings (None) among them: dots are seeds, a diamond their mean and 95 % interval.
 
-    A row that lies far from the rest is written at the edge.
+    A row that lies far from the rest, or of which a part would be cut off, is written at the edge. `zero`: 0 is on the axis.
     """
     there = [(at, row) for at, (_, row) in enumerate(rows) if row is not None and len(row.values)]
 
@@ -633,12 +692,13 @@ def draw_rows(rows: Sequence[tuple[str, Row | None]], ax: Axes, *, measure: str)
         mean = row.found.mean
         return mean, min(mean - half, row.values.min()), max(mean + half, row.values.max())
 
-    low, high = span_of([ends(row) for _, row in there]) if there else (-1, 1)
+    low, high = span_of([ends(row) for _, row in there], zero) if there else (-1, 1)
     for at, row in there:
-        if low <= row.found.mean <= high:
+        mean, least, most = ends(row)
+        if low <= least and most <= high:
             draw_strip(ax, at, row.values, row.found, row.look)
             continue
-        left = row.found.mean < low
+        left = mean < (low + high) / 2
         words = with_spread(row.values, MEASURES[measure], unit=False).replace("-", MINUS)
         ax.text(
             0.01 if left else 0.99,
@@ -675,7 +735,10 @@ def draw_methods(every: Sequence[Cell], ax: Axes, *, measure: str) -> Axes:
 def _groups(every: Sequence[Cell]) -> list[tuple[str, list[Cell]]]:
     """Return what is drawn under which heading; only what is there."""
     anew = [cell for cell in every if cell.arm == "longer"]
-    trained = [cell for cell in every if cell.arm != "longer" and cell.runs["extra_epochs"].notna().any()]
+    students = [cell for cell in every if cell.arm == "distillation"]
+    trained = [
+        cell for cell in every if cell.arm not in ("longer", "distillation") and cell.runs["extra_epochs"].notna().any()
+    ]
 
     def of(some: Sequence[Cell]) -> str:
         epochs = sorted({epochs for cell in some for epochs in cell.runs["extra_epochs"]})
@@ -684,6 +747,7 @@ def _groups(every: Sequence[Cell]) -> list[tuple[str, list[Cell]]]:
     groups = {
         "nothing trained": [c for c in every if not c.form and c.runs["extra_epochs"].isna().all()],
         f"{of(trained)} more": [cell for cell in trained if not cell.form],
+        f"a new network, {of(students)}": students,
         f"{of(anew)} from the start": anew,
         "projected, nothing trained after": [cell for cell in every if cell.form == "_projected"],
         "statistics averaged, not estimated": [cell for cell in every if cell.form == "_stale"],
@@ -701,7 +765,7 @@ def draw_differences(pairs: Sequence[Comparison], ax: Axes, *, measure: str) -> 
                 each = (pair.ours.set_index("seed")[measure] - pair.others.set_index("seed")[measure]).dropna()
                 row = Row(each.sort_index(), pair.look, pair.difference(measure))
                 rows.append((f"{pair.size} networks", row))
-    draw_rows(rows, ax, measure=measure)
+    draw_rows(rows, ax, measure=measure, zero=True)
     ax.axvline(0, color=GREY, lw=0.8, zorder=1)
     ax.set_xlabel(f"difference of {MEASURES[measure].label.replace('%', 'points')}")
     ax.xaxis.set_major_locator(MaxNLocator(5))
@@ -765,20 +829,16 @@ def norm_of_matrix(values: np.ndarray) -> tuple[Normalize, str]:
 def draw_cost(every: Sequence[Cell], ax: Axes, *, x: str, y: str) -> Axes:
     """Draw a measure against a cost, logarithmic: small dots are runs, large ones the means of cells."""
     for cell in reversed(every):
-        look, values = cell.look, cell.runs[y]
+        look, runs = cell.look, cell.runs.dropna(subset=[x])
         first = cell.arm == "single" and cell.runs["ensemble_size"].iloc[0] == 1
-        ax.plot(cell.runs[x], values, look.marker, color=look.colour, ms=2.4, mew=0, alpha=0.5)
+        ax.plot(runs[x], runs[y], look.marker, color=look.colour, ms=2.4, mew=0, alpha=0.5)
         face: dict[str, Any] = {"mfc": "white", "mec": look.colour} if first else {"mec": "white"}
-        ax.plot(cell.runs[x].mean(), values.mean(), look.marker, color=look.colour, ms=6, mew=0.7, zorder=3, **face)
+        ax.plot(runs[x].mean(), runs[y].mean(), look.marker, color=look.colour, ms=6, mew=0.7, zorder=3, **face)
     in_view = [cell.runs[y] for cell in every if cell.arm not in UNTRAINED] or [cell.runs[y] for cell in every]
     ax.set_ylim(_padded(pd.concat(in_view)))
     ax.set_xlabel(OWN[x].label)
     ax.set_ylabel(MEASURES[y].label)
     logarithmic(ax)
-    if x == "inference_images_per_second":
-        ax.xaxis.set_major_formatter(
-            FuncFormatter(lambda value, _: f"{value / 1e6:g} M" if value >= 1e6 else f"{value / 1e3:g} k")
-        )
     return ax
 
 
@@ -828,6 +888,8 @@ def findings(df: pd.DataFrame) -> dict[str, Finding]:
         ]
         pairs = summarise_differences(setting)
         note = f"PermAVG and what it is compared with are chosen {ON_VALIDATION}."
+        if len(pairs) and (pairs["pairs"].astype(int) < 3).any():
+            note += " Of fewer than 3 pairs no interval is known."
         of_main_size = pairs[pairs["networks"] == str(main_size(setting))] if len(pairs) else pairs
         tables += paired_table(pairs, note)
         made = provenance(setting.runs, describe(setting))
@@ -888,7 +950,7 @@ def _method_figure(setting: Setting, df: pd.DataFrame) -> Figures:
     yield (
         "methods",
         f"What is made of {size} networks: final test accuracy, NLL, and ECE in 15 bins. The best single network is so "
-        f"on validation. {DOTS}, {_n(every)}; {AT_THE_EDGE}. Dashed: the means of the best single network (black) and of the "
+        f"on validation. {_dots(_seeds(every))}. Dashed: the means of the best single network (black) and of the "
         f"deep ensemble (orange).{_rates(every)}",
         figure,
     )
@@ -903,17 +965,18 @@ def _difference_figures(setting: Setting, df: pd.DataFrame) -> Figures:
         figure = new_figure(TEXT_WIDTH, 0.19 * lines + 0.6)
         for ax, measure in zip(figure.subplots(1, 2, sharey=True), COMPARED, strict=True):
             draw_differences(pairs, ax, measure=measure)
-        n = counted(pair.difference("test_accuracy").pairs for pair in pairs).replace("seed", "paired seed")
+        n = [pair.difference("test_accuracy").pairs for pair in pairs]
+        intervals = sum(np.isfinite(pair.difference(measure).half) for pair in pairs for measure in COMPARED)
+        corrected = f" None of the {intervals} intervals is corrected for their number." if intervals else ""
         by_size = {pair.size: str(pair.ours["label"].iloc[0]) for pair in pairs}
         which = "; ".join(f"of {size} networks {label}" for size, label in sorted(by_size.items()))
-        what = "in the form of the thesis" if thesis else f"in the form that is best on validation ({which})"
+        what = "as in the thesis" if thesis else f"as it is best on validation ({which})"
         yield (
             "differences_thesis" if thesis else "differences",
             f"Paired differences over seeds of final test accuracy (left; right of 0 PermAVG is better) and NLL (right; left "
             f"of 0 it is better): PermAVG {what} less what the heading says, of several configurations the best on validation, "
             "those that train for as many extra epochs, the longer single network for those of PermAVG and all its networks. "
-            f"{DOTS}, {n}; {AT_THE_EDGE}. None of the {2 * len(pairs)} intervals is "
-            "corrected for their number.",
+            f"{_dots(n, 'paired seed')}.{corrected}",
             figure,
         )
 
@@ -945,7 +1008,7 @@ def _projection_figure(setting: Setting, df: pd.DataFrame) -> Figures:
     yield (
         "projection",
         f"PermAVG of {size} networks with its matrices as learned, and with the permutation nearest to each in its place and "
-        f"nothing trained after: final test accuracy (left) and NLL (right). {DOTS}, {_n(shown)}; {AT_THE_EDGE}."
+        f"nothing trained after: final test accuracy (left) and NLL (right). {_dots(_seeds(shown))}."
         f"{_rates(shown)}",
         figure,
     )
@@ -980,13 +1043,14 @@ def _matrix_figures(setting: Setting, df: pd.DataFrame) -> Figures:
         and (in_order := picture(df, str(run.run_id), "picture_ordered")) is not None
     ]
     if shown:
-        figure = new_figure(TEXT_WIDTH * max(3, len(shown)) / 5, 3.35)
+        titles = [fill(label, 19, break_on_hyphens=False) for label, *_ in shown]
+        figure = new_figure(TEXT_WIDTH * max(3, len(shown)) / 5, 3.4)
         axes = figure.subplots(2, len(shown), squeeze=False)
-        for column, (label, *both) in zip(axes.T, shown, strict=True):
+        for column, title, (_, *both) in zip(axes.T, titles, shown, strict=True):
             norm, cmap = norm_of_matrix(np.concatenate(both))
             for ax, values in zip(column, both, strict=True):
                 draw_matrix(values, ax, norm=norm, cmap=cmap)
-            column[0].set_title(fill(label, 23, break_on_hyphens=False))
+            column[0].set_title(title)
             ticks = [1e-4, 1e-2, 1] if isinstance(norm, LogNorm) else [-1, -0.01, 0.01, 1]
             bar = figure.colorbar(
                 ScalarMappable(norm, cmap), ax=list(column), location="bottom", fraction=0.05, aspect=20, pad=0.02
@@ -1070,23 +1134,24 @@ def _cost_figure(setting: Setting, df: pd.DataFrame) -> Figures:
     if not axes_of:
         return
     figure = new_figure(TEXT_WIDTH, 3.3)
-    axes = figure.subplots(1, 2, sharey=True)
-    for ax, x in zip(axes, axes_of, strict=False):
+    axes = figure.subplots(1, len(axes_of), sharey=True, squeeze=False)[0]
+    for ax, x in zip(axes, axes_of, strict=True):
         draw_cost(every, ax, x=x, y="test_accuracy")
-    for ax in axes[len(axes_of) :]:
-        ax.set_axis_off()
-    if len(axes_of) == 2:
-        axes[1].set_ylabel("")
+    for ax in axes[1:]:
+        ax.set_ylabel("")
+    costs = {
+        "total_seconds": "the seconds of training, the networks' and what comes after, matching included",
+        "relative_speed": "images per second in inference, of the runs that timed a plain network in turn with their own",
+    }
     there = {cell.arm for cell in every}
     _legend(figure, [look for arm, look in ARMS.items() if arm in there], lines=False)
     left_out = "; runs on other devices are left out" if setting.runs["device_name"].nunique() > 1 else ""
     yield (
         "cost",
-        f"Final test accuracy of what is made of {size} networks against the seconds of training, the networks' and what comes "
-        "after, matching included, and against images per second in inference; both logarithmic. The open circle is the first "
-        f"network alone. Small dots are runs, large ones means over seeds, {_n(every)}. Averages that nothing was "
-        f"trained of may lie below what is in view; the table has them. Measured on {device}"
-        f"{left_out}; what else that machine did meanwhile is not known.{_rates(every)}",
+        f"Final test accuracy of what is made of {size} networks against {', and against '.join(costs[x] for x in axes_of)}; "
+        "logarithmic. The open circle is the first network alone. Small dots are runs, large ones means over seeds, "
+        f"{_n(every)}. Averages that nothing was trained of may lie below what is in view; the table has them. Measured on "
+        f"{device}{left_out}; what else that machine did meanwhile is not known.{_rates(every)}",
         figure,
     )
 

@@ -2,11 +2,15 @@ import re
 import shutil
 import subprocess
 import sys
+from dataclasses import asdict
+from importlib import import_module
 
+import pandas as pd
 import pytest
 
 from batchens.files import ROOT
 from plots.findings import claims, text, write_findings
+from scripts.parameter_averaging import GRIDS
 
 
 @pytest.fixture(scope="module")
@@ -39,8 +43,35 @@ def test_without_results_nothing_is_measured_and_each_missing_study_has_its_comm
     said = path.read_text(encoding="utf-8")
     assert said.count("**Measured.** Nothing yet.") == said.count("Figures and tables: none yet.") == len(claims())
     for claim in claims():
-        if claim.missing:
-            assert f"**Not measured yet:** {claim.missing.what}: `{claim.missing.command}`." in said
+        for one in claim.missing:
+            assert f"**Not measured yet:** {one.what}: `{one.command}`." in said
+
+
+def test_a_study_is_missing_until_its_grid_is_there():
+    """Of all that its command makes, and not where one value of what it varies is left out."""
+    for claim in claims():
+        for one in claim.missing:
+            script, grid = re.search(r"submit (\w+) --grid (\w+) ", one.command).groups()
+            configs = import_module(f"scripts.{script}").GRIDS[grid]
+            df = pd.DataFrame([asdict(config) | {"split": "test"} for config in configs])
+            assert not one.still(df), one.what
+            left = df[df[one.column] != df[one.column].iloc[-1]]
+            assert one.still(left), one.what
+
+
+def test_several_studies_are_missing_one_by_one():
+    (claim,) = (claim for claim in claims() if claim.experiment == "parameter_averaging")
+    grids = [re.search(r"--grid (\w+)", one.command).group(1) for one in claim.missing]
+    assert grids == ["fashion_mnist", "deeper", "cnn", "vgg11"]
+    configs = GRIDS["thesis"] + GRIDS["cnn"]
+    df = pd.DataFrame([asdict(config) | {"split": "test"} for config in configs])
+    assert [one.still(df) for one in claim.missing] == [True, True, False, True]
+
+
+def test_the_head_says_where_the_test_set_is_read():
+    head = " ".join(text(ROOT / "none", ROOT).partition("\n## ")[0].split())
+    assert "the test set is read once" not in head
+    assert "those of parameter averaging read it more than once: of each network at the end of its training" in head
 
 
 def test_numbers_are_those_of_the_results(committed, tmp_path):

@@ -91,3 +91,12 @@ def test_selection_is_among_the_cells_it_is_given() -> None:
     )
     chosen = image_runs.choose(runs, ["arm", "rate"], of=["arm"])
     assert chosen[["arm", "rate", "candidates"]].drop_duplicates().values.tolist() == [["x", 2, 2], ["y", 1, 1]]
+
+
+def test_candidates_are_what_was_chosen_from() -> None:
+    runs = pd.DataFrame(
+        {"arm": "x", "rate": [1, 1, 2, 2, 3], "seed": [0, 1, 0, 1, 0], "validation_accuracy": [1, 2, 3, 4, 9]}
+    ).assign(validation_nll=1.0)
+    chosen = image_runs.choose(runs, ["arm", "rate"], of=["arm"])
+    assert set(chosen["rate"]) == {2} and set(chosen["candidates"]) == {2}  # of one seed is not chosen from
+    assert set(image_runs.choose(runs[runs["seed"] == 0], ["arm", "rate"], of=["arm"])["candidates"]) == {3}

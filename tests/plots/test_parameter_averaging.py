@@ -2,6 +2,7 @@
 
 import dataclasses
 import hashlib
+import itertools
 import shutil
 import subprocess
 import sys
@@ -37,10 +38,14 @@ def write(
     projected: float | None = None,
     stale: float | None = None,
     speed: float = 100.0,
+    plain: float | None = 100.0,
     device: str = "cpu",
     **fields: object,
 ) -> None:
-    """Write a run as the script does: on test this accuracy, an NLL of what is missing to 1; validation alike if not given."""
+    """Write a run as the script does: on test this accuracy, an NLL of what is missing to 1; validation alike if not given.
+
+    Without `plain` as it did before a plain network was timed too.
+    """
     config = dataclasses.replace(SMALL, **fields)  # type: ignore[arg-type]
     path = result_path(folder, "parameter_averaging", run_id(config))
     head = {"run_id": path.stem, "experiment": "parameter_averaging"}
@@ -52,7 +57,7 @@ def write(
         "seconds_base": 0.0 if config.method == "longer" else 10.0 * config.ensemble_size,
         "seconds_matching": 0.5 if config.matching else None, "inference_images_per_second": speed, "device_name": device,
         "number_format": "float32", "torch": "2", "data_source": "here", "commit": "", "dirty": "", "finished": "2026",
-    }  # fmt: skip
+    } | ({} if plain is None else {"plain_images_per_second": plain})  # fmt: skip
     rows = []
 
     def measured(epoch: int, split: str, value: float) -> None:
@@ -149,10 +154,68 @@ def test_a_setting_is_the_whole_configuration_but_what_is_varied() -> None:
 
 
 def test_every_run_of_every_grid_has_an_arm_of_its_own_name() -> None:
+    found = set()
     for configs in GRIDS.values():
-        arms = {pa._arm(c.method, c.start or "", c.matching or "", c.temperature or np.nan) for c in configs}
+        arms = {
+            pa._arm(c.method, c.start or "", c.matching or "", c.temperature or np.nan, c.extra_learning_rate or np.nan)
+            for c in configs
+        }
         assert arms <= set(pa.ARMS)
-    assert arms == set(pa.ARMS) - {"thesis"}  # that grid's temperature is 0.1
+        found |= arms
+    assert found == set(pa.ARMS)
+
+
+def test_as_in_the_thesis_is_its_start_temperature_and_rate_and_no_other(tmp_path: Path) -> None:
+    for accuracy, fields in (
+        (0.5, {}), (0.6, {"extra_learning_rate": 0.3}), (0.7, MATCHED), (0.8, {"temperature": 0.1, "extra_learning_rate": 0.1}),
+    ):  # fmt: skip
+        for seed in range(3):
+            write(tmp_path, accuracy, method="permavg", seed=seed, **{"temperature": 1.0, **fields})
+    for seed in range(3):
+        write(tmp_path, 0.9, method="distillation", seed=seed)
+    setting = only(tmp_path)
+    runs = pair_of(setting, "distillation", thesis=True).ours
+    assert runs["test_accuracy"].tolist() == pytest.approx([50] * 3) and set(runs["extra_learning_rate"]) == {0.1}
+    assert set(setting.runs["label"]) == {
+        "PermAVG T = 1 (thesis), extra learning rate 0.1", "PermAVG T = 1, extra learning rate 0.3",
+        "PermAVG T = 1 from matched", "PermAVG T = 0.1", "distillation",
+    }  # fmt: skip
+    labels = [cell.label for cell in pa.cells(setting, 3)]
+    assert "PermAVG T = 1 (thesis)" in labels and "PermAVG T = 1, extra learning rate 0.3" in labels
+    ours = pair_of(setting, "distillation").ours
+    assert ours["label"].iloc[0] == "PermAVG T = 0.1" and set(ours["candidates"]) == {4}
+    told = pa.findings(read(tmp_path))["digits-mlp"].sentences
+    assert any(
+        line.startswith("PermAVG T = 0.1, best of 4 configurations on validation, of 3 networks") for line in told
+    )
+    assert (
+        "At the edge of the rates that were tried, so that the best may lie outside: PermAVG T = 1 at 0.3, the largest of 2."
+        in told
+    )
+
+
+def test_a_chosen_rate_at_the_edge_is_said_and_where_nothing_was_chosen(tmp_path: Path) -> None:
+    def rates(size: int, **fields: object) -> None:
+        for validation, rate in ((0.7, 0.1), (0.9, 0.2), (0.8, 0.3)):
+            write(tmp_path, 0.8, validation=validation, extra_learning_rate=rate, ensemble_size=size, **fields)
+
+    rates(3, method="fine_tuned_average")  # the best is inside
+    for size in (3, 4):
+        write(tmp_path, 0.8, method="fine_tuned_single", ensemble_size=size, extra_learning_rate=0.02)
+    for rate, validation in ((0.02, 0.9), (0.1, 0.8)):
+        write(tmp_path, 0.8, validation=validation, method="permavg", extra_learning_rate=rate)
+    rates(3, method="mixing", **MATCHED)
+    write(tmp_path, 0.8, validation=0.95, method="mixing", extra_learning_rate=0.4, ensemble_size=3, **MATCHED)
+    rates(4, method="distillation")  # of another number of networks than the main one
+    told = pa.findings(read(tmp_path))["digits-mlp"].sentences
+    (edge,) = (line for line in told if line.startswith("At the edge of the rates that were tried"))
+    assert edge == (
+        "At the edge of the rates that were tried, so that the best may lie outside: PermAVG T = 0.1 at 0.02, the smallest of "
+        "2; free mixing from matched at 0.4, the largest of 4."
+    )
+    assert "Nothing was chosen where one rate alone was tried: fine-tuned best single at 0.02." in told
+    labels = set(only(tmp_path).runs["label"])
+    assert {"PermAVG T = 0.1, extra learning rate 0.02", "PermAVG T = 0.1, extra learning rate 0.1"} <= labels
 
 
 def test_the_last_epoch_of_a_run_is_measured_whether_it_trains_or_not(setting: Setting) -> None:
@@ -206,7 +269,7 @@ def test_what_tells_configurations_of_an_arm_apart_is_named_and_nothing_else(tmp
         write(tmp_path, 0.8, method="permavg", **extra)
     write(tmp_path, 0.8, method="distillation", extra_learning_rate=0.05)
     assert list(only(tmp_path).runs["label"]) == [
-        "PermAVG T = 0.1, extra epochs 3", "PermAVG T = 0.1, extra epochs 6", "PermAVG T = 0.2, extra epochs 3",
+        "PermAVG T = 0.1, extra epochs 3", "PermAVG T = 0.1, extra epochs 6", "PermAVG T = 0.2",
         "PermAVG T = 0.1 from matched", "distillation",
     ]  # fmt: skip
 
@@ -276,7 +339,7 @@ def test_of_learning_rates_the_best_on_validation_is_drawn_and_the_table_has_all
     for name in ("methods", "cost", "reliability"):
         assert "Of several learning rates of extra training the best is drawn" in captions[name]
     assert "Of several learning rates" not in captions["projection"]
-    told = [line for line in pa.findings(read(results))["digits-mlp"].sentences if "learning rates" in line]
+    told = [line for line in pa.findings(read(results))["digits-mlp"].sentences if "several learning rates" in line]
     assert len(told) == 1 and told[0].startswith(
         "Of several learning rates of extra training the best is told, by the last"
     )
@@ -295,7 +358,9 @@ def test_a_paired_difference_and_its_interval_are_those_of_scipy(setting: Settin
 
 
 def test_sentences_say_what_is_better_worse_and_not_shown(finding: figure.Finding) -> None:
-    accuracy = next(line for line in finding.sentences if line.startswith("PermAVG T = 0.1 from matched, best of 3"))
+    accuracy = next(
+        line for line in finding.sentences if line.startswith("PermAVG T = 0.1 from matched, best of 3 conf")
+    )
     assert "of 3 networks, at equal extra epochs (3), test accuracy: better than best single network" in accuracy
     better, none = accuracy.split("; no difference is shown from ")
     assert "fine-tuned best single" in better and "naive average" not in none and "worse than" not in better
@@ -303,6 +368,7 @@ def test_sentences_say_what_is_better_worse_and_not_shown(finding: figure.Findin
     thesis = next(line for line in finding.sentences if line.startswith("PermAVG T = 1 (thesis)"))
     assert "worse than best single network" in thesis
     rows = [line for line in finding.differences.split("\n") if line.startswith("| ") and "| deep ensemble |" in line]
+    assert "no interval is known" not in finding.differences
     assert len(rows) == 2 and all(row.startswith("| 3 |") and row in finding.table for row in rows)
     assert f"| {MINUS}2.00 ({MINUS}6.11 to +2.11) |" in rows[0]
     # all constant differences leave 0 out: of nine methods, two sizes and two measures
@@ -319,14 +385,45 @@ def test_a_lower_nll_is_in_favour() -> None:
 
 
 def test_size_and_speed_are_beside_those_of_one_network_and_of_the_ensemble(finding: figure.Finding) -> None:
-    last = finding.sentences[-1]
-    assert "has 100 parameters" in last
-    assert (
-        "1 and 0.50 ± 0.00 times those of one plain network and 0.333 and 2.00 ± 0.00 times those of the deep" in last
+    size, speed = finding.sentences[-2:]
+    assert "has 100 parameters (1 times those of one plain network and 0.333 times those of the deep ensemble)" in size
+    assert speed == (
+        "Its images per second in inference are 0.50 ± 0.00 times those of a plain network and 2.00 ± 0.00 times those of the "
+        "deep ensemble; each was timed in turn with a plain network (cpu)."
     )
-    ours, other = (pd.DataFrame({"seed": seeds, "device_name": devices, "inference_images_per_second": speeds})
+    ours, other = (pd.DataFrame({"seed": seeds, "device_name": devices, "relative_speed": speeds})
                    for seeds, devices, speeds in (([0, 1], "cpu", [10, 30]), ([1, 0], ["cpu", "gpu"], [15, 1])))  # fmt: skip
     assert dict(pa.relative_speed(ours, other, "cpu")) == {1: 2.0}
+
+
+def test_speed_is_beside_the_plain_network_of_the_same_process_alone(tmp_path: Path) -> None:
+    for seed, load in enumerate((1, 2, 4)):
+        write(tmp_path, 0.8, method="single", seed=seed, plain=None)
+        write(tmp_path, 0.8, method="deep_ensemble", seed=seed, speed=30 / load, plain=120 / load)
+        write(tmp_path, 0.8, method="permavg", seed=seed, speed=500 * load, plain=1000 * load)
+    assert read(tmp_path)["run_id"].nunique() == 9  # those without the column are whole results too
+    table = pa.summarise_cells(only(tmp_path)).set_index("method")["images per second, plain network = 1"]
+    assert dict(table) == {"best single network": "", "deep ensemble": "0.25 ± 0.00", "PermAVG T = 0.1": "0.50 ± 0.00"}
+    speed = pa.findings(read(tmp_path))["digits-mlp"].sentences[-1]
+    assert "0.50 ± 0.00 times those of a plain network and 2.00 ± 0.00 times those of the deep ensemble" in speed
+    with figure.style():
+        drawn = {name.partition("/")[2]: (caption, drawing) for name, caption, drawing in pa.figures(read(tmp_path))}
+    caption, drawing = drawn["cost"]
+    left, right = drawing.axes
+    assert right.get_xlabel() == "images per second, plain network = 1" and "timed a plain network in turn" in caption
+    assert {round(x, 9) for line in right.lines for x in line.get_xdata() if np.isfinite(x)} == {0.25, 0.5}
+    assert len([line for line in left.lines if len(line.get_xdata()) == 3]) == 3
+
+
+def test_runs_that_timed_no_plain_network_have_no_relative_speed(tmp_path: Path) -> None:
+    for method in ("single", "deep_ensemble", "permavg"):
+        write(tmp_path, 0.8, method=method, plain=None)
+    assert set(pa.summarise_cells(only(tmp_path))["images per second, plain network = 1"]) == {""}
+    assert not any("images per second" in line for line in pa.findings(read(tmp_path))["digits-mlp"].sentences)
+    with figure.style():
+        drawn = {name.partition("/")[2]: (caption, drawing) for name, caption, drawing in pa.figures(read(tmp_path))}
+    caption, drawing = drawn["cost"]
+    assert len(drawing.axes) == 1 and "images per second" not in caption
 
 
 def test_two_seeds_state_no_interval_and_absent_references_are_named(tmp_path: Path) -> None:
@@ -337,6 +434,27 @@ def test_two_seeds_state_no_interval_and_absent_references_are_named(tmp_path: P
     assert "There is no best single network and deep ensemble to compare with." in finding.sentences[0]
     assert any(line.startswith("No interval is known") for line in finding.sentences)
     assert f"| naive average | 2 | {MINUS}5.00 | +0.050 |" in finding.table
+    assert finding.differences.count("Of fewer than 3 pairs no interval is known.") == 1
+    with figure.style():
+        captions = {name.partition("/")[2]: caption for name, caption, _ in pa.figures(read(tmp_path))}
+    for name in ("methods", "differences"):
+        assert "interval by Student" not in captions[name] and "intervals is corrected" not in captions[name]
+    assert "diamonds their mean, n = 2 seeds; no interval is drawn of fewer than 3 seeds" in captions["methods"]
+    assert "n = 2 paired seeds; no interval is drawn of fewer than 3 paired seeds" in captions["differences"]
+
+
+def test_a_caption_counts_the_intervals_that_are_drawn(tmp_path: Path) -> None:
+    for seed in range(3):
+        write(tmp_path, 0.8 + 0.01 * seed, projected=0.7, method="permavg", seed=seed)
+        write(tmp_path, 0.7 + 0.03 * seed, method="distillation", seed=seed)
+    for seed in range(2):
+        write(tmp_path, 0.7 + 0.02 * seed, method="naive_average", seed=seed)
+    with figure.style():
+        captions = {name.partition("/")[2]: caption for name, caption, _ in pa.figures(read(tmp_path))}
+    assert "None of the 2 intervals is corrected" in captions["differences"]  # accuracy and NLL less distillation
+    for name in ("methods", "differences", "projection"):
+        assert "with its 95 % interval by Student's t, n = 2 to 3 " in captions[name]
+        assert "no interval is drawn of fewer than 3 " in captions[name]
 
 
 def test_the_main_number_of_networks_is_3_or_the_one_of_most_runs(results: Path, tmp_path: Path) -> None:
@@ -366,6 +484,22 @@ def test_matrices_are_means_over_members_and_pictures_are_square(df: pd.DataFram
     assert pa.picture(df, runs[1], "picture") is None
 
 
+def test_titles_of_matrices_are_inside_the_figure(tmp_path: Path) -> None:
+    for method in ("permavg", "mixing"):
+        for start in ({}, MATCHED):
+            for rate in (0.01, 0.05):
+                write(tmp_path, 0.8, method=method, extra_learning_rate=rate, **start)
+    write(tmp_path, 0.8, method="permavg", temperature=1.0)
+    with figure.style():
+        (drawing,) = (drawing for name, _, drawing in pa.figures(read(tmp_path)) if name.endswith("/matrices"))
+        drawing.draw_without_rendering()
+    titles = [ax._left_title.get_window_extent() for ax in drawing.axes if ax.get_title("left")]
+    assert len(titles) == 5
+    for box in titles:
+        assert box.x1 < drawing.bbox.x1 and box.y1 < drawing.bbox.y1
+    assert all(one.x1 < other.x0 for one, other in itertools.pairwise(titles))
+
+
 def test_a_matrix_with_signs_has_0_in_the_middle_of_its_scale() -> None:
     norm, _ = pa.norm_of_matrix(np.array([[1.5, -0.2]]))
     assert (norm(0), norm(-1.5), norm(1.5)) == pytest.approx((0.5, 0, 1))
@@ -380,6 +514,44 @@ def test_an_axis_holds_all_but_what_lies_far_from_the_rest() -> None:
     assert pa.span_of([(1, 1, 1)]) == (0.5, 1.5)
 
 
+def test_an_axis_of_differences_holds_0_and_not_what_lies_far_beyond_it() -> None:
+    below = [(-4, -5, -3), (-5, -5, -5), (-6, -7, -5), (-5, -5, -5)]
+    assert pa.span_of(below, zero=True) == pytest.approx((-7.35, 0.35))
+    assert pa.span_of([*below, (3, 2, 4)], zero=True) == pytest.approx((-7.55, 4.55))
+    assert pa.span_of([*below, (44, 43, 45)], zero=True) == pytest.approx((-7.35, 0.35))
+    assert pa.span_of(below)[1] < -2
+
+
+def test_0_is_on_the_axis_of_differences_and_what_lies_far_beyond_it_is_an_arrow(tmp_path: Path) -> None:
+    for seed in range(3):
+        same = {"seed": seed, "ensemble_size": 3}
+        write(tmp_path, 0.8 + 0.001 * seed, method="permavg", **same)
+        write(tmp_path, 0.1, method="naive_average", **same)
+        for method, up in (("distillation", 0), ("fine_tuned_single", 0.001), ("fine_tuned_average", 0.003)):
+            write(tmp_path, 0.85 + up, method=method, **same)
+    with figure.style():
+        ax = pa.draw_differences(
+            pa.comparisons(only(tmp_path)), figure.new_figure(3, 3).add_subplot(), measure="test_accuracy"
+        )
+    low, high = ax.get_xlim()
+    assert low < -5 and 0 < high < 1
+    assert [text.get_text() for text in ax.texts] == ["70.10 ± 0.10 \N{RIGHTWARDS ARROW}"]
+
+
+def test_no_seed_and_no_interval_is_cut_off_at_the_edge() -> None:
+    def row(*values: float) -> pa.Row:
+        seeds = pd.Series(values)
+        return pa.Row(seeds, pa.ARMS["permavg"], pa.interval_of(seeds))
+
+    rows = [(str(i), row(i, i, i)) for i in range(9)] + [("wide", row(*[2.5] * 7, 40))]  # its mean is among the others
+    with figure.style():
+        ax = pa.draw_rows(rows, figure.new_figure(3, 3).add_subplot(), measure="test_accuracy")
+    low, high = ax.get_xlim()
+    assert low < 7.1875 < high < 40
+    assert all(low < x < high for line in ax.lines for x in line.get_xdata())
+    assert "7.19 ± 13.26 \N{RIGHTWARDS ARROW}" in {text.get_text() for text in ax.texts}
+
+
 def test_a_row_is_its_seeds_mean_and_interval_or_written_at_the_edge(setting: Setting) -> None:
     every = pa.cells(setting, 3)
     with figure.style():
@@ -387,6 +559,7 @@ def test_a_row_is_its_seeds_mean_and_interval_or_written_at_the_edge(setting: Se
     labels = [label.get_text() for label in ax.get_yticklabels()]
     assert labels[:2] == ["nothing trained", "first single network"]
     assert {"trained for 3 epochs more", "trained for 12 epochs from the start"} <= set(labels)
+    assert labels[labels.index("a new network, trained for 3 epochs") + 1] == "distillation"
     assert labels.count("projected, nothing trained after") == 1
     first = next(line for line in ax.lines if len(line.get_xdata()) == 4)
     assert first.get_xdata() == pytest.approx([80, 81, 83, 82])
