@@ -422,7 +422,7 @@ def _verdict(pairs: Sequence[Comparison], measure: str) -> str:
         kind = "no difference is shown from" if np.isfinite(found.half) else "too few seeds to tell from"
         if found.shown:
             kind = "better than" if in_favour(found, measure) else "worse than"
-        kinds[kind].append(str(pair.others["label"].iloc[0]))
+        kinds[kind].append(ARMS[str(pair.others["arm"].iloc[0])].label)  # the table has its rate
     return "; ".join(f"{kind} {listed(words)}" for kind, words in kinds.items() if words)
 
 

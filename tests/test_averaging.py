@@ -1,9 +1,10 @@
 import copy
 import io
+from collections import OrderedDict
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from batchens import averaging
@@ -20,9 +21,10 @@ from batchens.averaging import (
     reestimate,
     sinkhorn,
 )
+from batchens.layers import batch_ensemble
 from batchens.models.cnn import cnn
 from batchens.models.mlp import mlp
-from batchens.models.vgg import vgg
+from batchens.models.vgg import vgg, vgg11
 
 SMALL = (6, "P", 8, 8, "P", "P", "P", "P")
 NETWORKS = {
@@ -92,6 +94,43 @@ def test_a_channel_is_a_block_of_the_inputs_behind_flattened_convolutions():
 def test_hidden_layers_are_found_with_their_sizes():
     assert layout(make("vgg", 1)[0][0]).sizes == (6, 8, 8, 12)
     assert layout(make("deeper mlp", 1)[0][0]).sizes == (12, 10, 12)
+    for size in (28, 32):
+        for batchnorm in (True, False):
+            assert layout(cnn(10, 3, size, batchnorm)).sizes == (32, 64)
+            assert layout(vgg11(10, 3, size, batchnorm)).sizes == (64, 128, 256, 256, *[512] * 5)
+
+
+def test_layers_without_weights_may_come_again_and_sequences_may_be_of_other_names():
+    class Named(nn.Sequential):
+        pass
+
+    activation = nn.ReLU()
+    network = Named(nn.Linear(4, 8), activation, Named(nn.Linear(8, 6), activation), nn.BatchNorm1d(6), nn.Linear(6, 2))
+    x = torch.randn(5, 4)
+    torch.testing.assert_close(permute(network, shuffled(network))(x), network(x))
+
+
+class Residual(nn.Sequential):
+    def forward(self, x):
+        return x + super().forward(x)
+
+
+class Doubled(nn.Linear):
+    def forward(self, x):
+        return super().forward(x).cumsum(-1)
+
+
+def tied():
+    network = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2))
+    network[2].bias = network[0].bias
+    return network
+
+
+def hidden(*layers):
+    return nn.Sequential(nn.Linear(4, 8), nn.ReLU(), *layers, nn.Linear(8, 2))
+
+
+TWICE = nn.Linear(8, 8)
 
 
 @pytest.mark.parametrize(
@@ -104,7 +143,30 @@ def test_hidden_layers_are_found_with_their_sizes():
         ),
         (nn.Sequential(nn.Conv2d(4, 4, 3), nn.Conv2d(4, 4, 3, groups=2)), "connected to all units"),
         (nn.Sequential(nn.Linear(3, 4), nn.Linear(5, 2)), "connected to all units"),
-        (nn.TransformerEncoderLayer(8, 2), "must have a hidden layer"),
+        (nn.TransformerEncoderLayer(8, 2), "act on each channel alone, however: TransformerEncoderLayer"),
+        (hidden(Residual(nn.Linear(8, 8), nn.ReLU())), "act on each channel alone, however: Residual"),
+        (hidden(Doubled(8, 8)), "act on each channel alone, however: Doubled"),
+        (hidden(TWICE, nn.ReLU(), TWICE), "used once and share nothing with others, however 4.weight is 2.weight"),
+        (tied(), "share nothing with others, however 2.bias is 0.bias"),
+        (hidden(nn.utils.parametrizations.weight_norm(nn.Linear(8, 8))), "however: ParametrizedLinear"),
+        (hidden(nn.utils.parametrizations.orthogonal(nn.Linear(8, 8))), "however: ParametrizedLinear"),
+        (
+            hidden(nn.utils.spectral_norm(nn.Linear(8, 8))),
+            "weights of plain layers, .* 2.weight_orig is torch.float32, 8 x 8",
+        ),
+        (hidden(nn.Linear(8, 8, dtype=torch.complex64)), "however 2.weight is torch.complex64, 8 x 8"),
+        (batch_ensemble(hidden(), ensemble_size=2, alpha_init=-0.5, gamma_init=-0.5), "however: BatchEnsembleLinear"),
+        (
+            nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Linear(8, 8), nn.Flatten(), nn.Linear(256, 3)),
+            "first, then a Flatten, then linear layers, however '2' is Linear.* is given images",
+        ),
+        (nn.Sequential(nn.Conv2d(1, 4, 3), nn.Flatten(2), nn.Linear(36, 3)), "however: Flatten.start_dim=2"),
+        (nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Flatten(), nn.Linear(16, 3)), "connected to all units"),
+        (nn.Sequential(nn.Linear(4, 8), nn.Conv2d(8, 3, 3)), "however '1' is Conv2d.* is given units"),
+        (
+            nn.Sequential(nn.Conv2d(1, 4, 3), nn.Flatten(), nn.BatchNorm1d(144), nn.Linear(144, 3)),
+            "each of the 4 units before is one channel, .* Flatten of images, however 2.weight is 144",
+        ),
     ],
 )
 def test_a_network_whose_units_have_no_order_of_their_own_is_refused(network, message):
@@ -124,11 +186,47 @@ def test_a_network_whose_units_have_no_order_of_their_own_is_refused(network, me
             "network 1 is not like network 0: 3.weight is 4 x 4 and not 3 x 4, .* absent",
         ),
         ([mlp(8, [4], 3), nn.Sequential(nn.Flatten(), nn.Linear(8, 4), nn.Tanh(), nn.Linear(4, 3))], "layers differ"),
+        ([mlp(8, [4], 3), mlp(8, [4], 3).double()], "they are torch.float32 on cpu and torch.float64 on cpu"),
+        ([mlp(8, [4], 3), mlp(8, [4], 3).to("meta")], "they are torch.float32 on cpu and torch.float32 on meta"),
     ],
 )
 def test_what_cannot_be_averaged_is_refused(of, networks, message):
     with pytest.raises(ValueError, match=message):
         of(networks)
+
+
+@pytest.mark.parametrize(
+    "permutations",
+    [
+        [],
+        [torch.arange(4)] * 2,
+        [torch.arange(3)],
+        [torch.arange(5)],
+        [torch.tensor([0, 1, 2, 2])],
+        [torch.arange(1, 5)],
+        [torch.arange(-4, 0)],
+        [torch.arange(4.0)],
+        [torch.tensor([[0, 1], [2, 3]])],
+        [torch.tensor(4)],
+    ],
+)
+def test_what_is_no_permutation_is_refused(permutations):
+    network = mlp(8, [4], 3)
+    with pytest.raises(ValueError, match="permutations must be integers, one vector for each hidden layer"):
+        permute(network, permutations)
+    with pytest.raises(ValueError, match="permutations must be integers, one vector for each hidden layer"):
+        average([network, network], [[torch.arange(4)], permutations])
+
+
+def test_indices_that_would_be_a_mask_are_no_permutation():
+    with pytest.raises(ValueError, match="permutations must be integers"):
+        permute(mlp(8, [2], 3), [torch.tensor([False, True])])
+
+
+def test_permutations_must_be_those_of_all_networks():
+    network = mlp(8, [4], 3)
+    with pytest.raises(ValueError, match="each of the 2 networks, however of 1"):
+        average([network, network], [[torch.arange(4)]])
 
 
 # averages
@@ -176,7 +274,27 @@ def test_statistics_are_those_of_the_given_inputs_and_nothing_else_changes():
     assert digest(plain.state_dict()) == state
 
 
+def test_statistics_of_no_inputs_are_refused_and_nothing_changes():
+    (network,), _ = make("cnn", 1)
+    before = digest(network.state_dict())
+    with pytest.raises(ValueError, match="at least one batch, however there is none"):
+        reestimate(network, iter([]))
+    assert digest(network.state_dict()) == before and not network.training
+
+
+def test_a_batch_that_fails_leaves_mode_and_momentum_as_they_were():
+    (network,), x = make("cnn", 1)
+    with pytest.raises(RuntimeError):
+        reestimate(network, [x, torch.randn(6, 3, 8, 8)])
+    assert network[1].momentum == 0.1 and not any(module.training for module in network.modules())
+
+
 # matching
+
+
+def test_what_is_aligned_with_is_the_mean_or_the_first():
+    with pytest.raises(ValueError, match="to must be 'mean' or 'first', however: 'meen'"):
+        match(make("mlp", 3)[0], "meen")
 
 
 @every_network
@@ -411,6 +529,89 @@ def test_in_evaluation_the_average_is_made_once_and_anew_when_something_changes(
         torch.testing.assert_close(model(x.double()), model.export().eval()(x.double()))
 
 
+def test_changes_that_no_version_counts_are_seen():
+    networks, x = make("cnn", 2)
+    model = learned(networks)
+    with torch.no_grad():
+        first = model(x)
+        model.matrices["32"].data += torch.randn(32, 32)
+        second = model(x)
+        assert not torch.equal(second, first) and torch.equal(second, model.export()(x))
+        model.matrices["64"].data = torch.randn(1, 1, 64, 64)
+        assert torch.equal(model(x), model.export()(x))
+        model.half().float()  # storage of the same size, which may come to lie where the old was
+        assert torch.equal(model(x), model.export()(x)) and not torch.equal(model(x), second)
+
+
+def test_predictions_without_values_need_none():
+    model = learned(make("cnn", 2)[0], matrices="free").to("meta")
+    with torch.no_grad():
+        assert [model(torch.randn(2, 1, 8, 8, device="meta")).shape for _ in range(2)] == [(2, 5)] * 2
+
+
+def test_it_is_in_training_mode_at_first_and_exports_in_its_own_mode():
+    networks, x = make("cnn", 2)
+    assert not networks[0].training
+    model = AveragedNetwork(networks, matrices="free")
+    torch.testing.assert_close(model(x), average(networks).train()(x), rtol=1e-4, atol=1e-4)
+    for mode in (True, False):
+        exported = model.train(mode).export()
+        assert {module.training for module in exported.modules()} == {mode} == {model.training}
+
+
+@every_network
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16])
+def test_networks_of_other_precision_are_averaged_in_no_less_than_float32(name, dtype):
+    networks, x = make(name, 3)
+    networks = [network.to(dtype) for network in networks]
+    model = learned(networks)
+    full = torch.float64 if dtype == torch.float64 else torch.float32
+    assert {p.dtype for p in model.parameters()} == {full} == {m.dtype for m in model.by_layer()}
+    loss = model(x.to(dtype))
+    assert loss.dtype == dtype
+    loss.float().sum().backward()
+    assert all(p.grad.isfinite().all() for p in model.parameters())
+    reference = AveragedNetwork([copy.deepcopy(network).to(full) for network in networks])
+    reference.matrices.load_state_dict(model.matrices.state_dict())
+    exact = reference.averaged()
+    for key, tensor in model.averaged().items():
+        assert tensor.dtype == dtype and torch.equal(tensor, exact[key].to(dtype))
+    assert all(t.dtype == dtype for t in model.export().state_dict().values() if t.is_floating_point())
+
+
+def test_a_model_that_was_made_less_precise_averages_in_float32_still():
+    networks, x = make("mlp", 2)
+    model = learned(networks, spread=0.03).half()
+    assert {m.dtype for m in model.by_layer()} == {torch.float32}
+    torch.testing.assert_close(model.by_layer()[0].sum(1), torch.ones(1, 12), rtol=0, atol=1e-5)
+    assert model(x.half()).dtype == torch.float16
+
+
+def test_what_was_made_in_inference_mode_learns_outside_of_it():
+    with torch.inference_mode():
+        networks, x = make("cnn", 2)
+        model = AveragedNetwork(networks)
+        outputs = [model.eval()(x) for _ in range(2)]
+    x = x.clone()
+    assert torch.equal(outputs[0], outputs[1]) and torch.equal(outputs[0], model(x))
+    model.train()(x).sum().backward()
+    assert all(p.grad.abs().sum() > 0 for p in model.parameters())
+
+
+def test_layers_of_any_names_keep_their_own_weights():
+    def named(first, second):
+        torch.manual_seed(0)
+        layers = [(first, nn.Linear(4, 4)), ("act", nn.ReLU()), (second, nn.Linear(4, 4))]
+        nested = [nn.Sequential(OrderedDict([(k.split(".")[1], v)])) if "." in k else v for k, v in layers]
+        return nn.Sequential(OrderedDict(zip([k.split(".")[0] for k, _ in layers], nested, strict=True)))
+
+    x = torch.randn(3, 4)
+    for first, second in (("a.b", "a__b"), ("a.b", "a/b"), ("a.b", "a~1b"), ("a/.b", "a/b"), ("a~.b", "a~0/b")):
+        networks = [named(first, second), named(first, second)]
+        model = AveragedNetwork(networks, matrices="free")
+        torch.testing.assert_close(model(x), networks[0](x))
+
+
 def test_statistics_are_gathered_in_training_and_exported():
     networks, x = make("cnn", 2)
     model, plain = AveragedNetwork(networks, matrices="free"), average(networks).train()
@@ -434,6 +635,18 @@ def test_states_survive_a_file_and_go_into_other_networks(name, tmp_path):
     with torch.no_grad():
         assert torch.equal(other.eval()(x), model(x))
         torch.testing.assert_close(plain.eval()(x), model(x), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("other", [{"temperature": 0.2}, {"matrices": "free"}])
+def test_a_state_of_another_temperature_or_kind_is_refused(other):
+    networks, _ = make("mlp", 2)
+    state = AveragedNetwork(networks).state_dict()
+    model = AveragedNetwork(networks, **other)
+    with pytest.raises(ValueError, match=r"must be of a model of .*, however: .*0\.1.*doubly_stochastic"):
+        model.load_state_dict(state)
+    del state["_extra_state"]
+    with pytest.raises(RuntimeError, match=r"Missing key.*_extra_state"):
+        model.load_state_dict(state)
 
 
 def test_it_moves_to_another_device_whole():
@@ -491,6 +704,11 @@ def test_a_temperature_must_be_positive(temperature):
         AveragedNetwork(make("mlp", 2)[0], temperature=temperature)
 
 
+def test_matrices_are_of_a_known_kind():
+    with pytest.raises(ValueError, match="matrices must be 'doubly_stochastic' or 'free', however: 'sinkhorn'"):
+        AveragedNetwork(make("mlp", 2)[0], matrices="sinkhorn")
+
+
 # files
 
 
@@ -503,32 +721,110 @@ def test_weights_of_other_names_are_read_by_order_and_shape(name, tmp_path):
     assert torch.equal(other(x), network(x))
 
 
-def saved(content):
+@pytest.mark.parametrize("prefix", ["", "module.", "_orig_mod.", "module._orig_mod.", "_orig_mod.module."])
+def test_weights_of_the_networks_names_are_read_by_name_in_whatever_order(prefix, tmp_path):
+    for build, shape in ((lambda: mlp(12, [12, 12], 12), (12,)), NETWORKS["cnn"]):
+        network, other, x = build(), build(), torch.randn(4, *shape)
+        for at, tensor in enumerate(network.buffers()):
+            tensor.fill_(at + 1)
+        torch.save({prefix + name: t for name, t in reversed(network.state_dict().items())}, tmp_path / "weights.pt")
+        load_weights(other, tmp_path / "weights.pt")
+        assert torch.equal(other.eval()(x), network.eval()(x))
+
+
+def test_weights_of_other_names_must_be_in_the_order_of_the_network(tmp_path):
+    network, path = cnn(5, 1, 8), tmp_path / "weights.pt"
+    before = digest(network.state_dict())
+    names = ["0.weight", "0.bias"]
+    for layer in ("1", "5"):
+        names += [f"{layer}.{key}" for key in ("running_mean", "running_var", "weight", "bias")]
+        names += ["4.weight", "4.bias"] if layer == "1" else ["9.weight", "9.bias"]
+    torch.save({f"their.{name}": network.state_dict()[name] for name in names}, path)
+    with pytest.raises(ValueError, match=r"have other names, however their.1.running_mean is where 1.weight is"):
+        load_weights(network, path)
+    assert digest(network.state_dict()) == before
+
+
+def saved(content, **options):
     file = io.BytesIO()
-    torch.save(content, file)
+    torch.save(content, file, **options)
     return file.getvalue()
+
+
+def changed(change):
+    return saved({name: change(tensor) for name, tensor in mlp(64, [12], 5).state_dict().items()})
+
+
+UNREADABLE = r"however it is no file that torch.save wrote, or it is cut short \(\w+\)$"
+MODULE = (
+    r"however it holds a whole module or object, torch\.nn\.modules\.container\.Sequential; save its state_dict\(\)$"
+)
 
 
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (saved(mlp(64, [12], 5).state_dict())[:-200], "must be a state_dict that torch.save wrote, however: "),
-        (b"", "must be a state_dict that torch.save wrote, however: "),
-        (saved([1, 2]), "must be a state_dict, tensors by name, however it holds a list"),
-        (saved({"model": {}, "epoch": 3}), "however it holds 'model': dict, 'epoch': int"),
+        (saved(mlp(64, [12], 5).state_dict())[:-200], UNREADABLE),
+        (saved(mlp(64, [12], 5).state_dict())[:-60], UNREADABLE),
+        (saved(mlp(64, [12], 5).state_dict())[:1000], UNREADABLE),
+        (b"", UNREADABLE),
+        (b"epoch,accuracy", UNREADABLE),
+        (saved(mlp(64, [12], 5)), MODULE),
+        (saved(mlp(64, [12], 5), _use_new_zipfile_serialization=False), MODULE),
+        (saved([1, 2]), "must be a state_dict, tensors by name, however it holds a list$"),
+        (saved({"model": {}, "epoch": 3}), "however it holds 'model': dict, 'epoch': int$"),
+        (
+            saved({"epoch": 3, "optimizer": {"state": {}}, "state_dict": mlp(64, [12], 5).state_dict()}),
+            "'state_dict': OrderedDict; take its entry 'state_dict'$",
+        ),
+        (saved({0: torch.randn(12, 64)}), "tensors by name, however it holds 0: Tensor$"),
         (saved(mlp(64, [13], 5).state_dict()), "however 1.weight is 13 x 64 where 1.weight is 12 x 64"),
         (saved(mlp(64, [12, 5], 5).state_dict()), "they are 6 tensors where it has 4"),
         (saved({"a": torch.randn(12, 64)}), "they are 1 tensors where it has 4"),
+        (saved({"a": torch.tensor(3)}), "they are 0 tensors where it has 4"),
         (saved({"a": torch.full((12, 64), torch.nan)}), "finite numbers, however a of "),
+        (changed(lambda t: (t + 3).double() * 1e300), "finite numbers, however 1.weight of "),  # not in float32
+        (changed(Tensor.int), "weights must be floating point, .* 1.weight of .* is torch.int32"),
+        (changed(lambda t: t.to(torch.complex64)), "weights must be floating point, .* is torch.complex64"),
+        (changed(Tensor.to_sparse), "must be floating point, dense .* is torch.float32, torch.sparse_coo"),
+        (changed(lambda t: t.to("meta")), "in the file, .* is torch.float32, torch.strided, meta"),
     ],
 )
 def test_a_file_that_does_not_fit_is_refused(content, message, tmp_path):
     network, path = mlp(64, [12], 5), tmp_path / "weights.pt"
     before = digest(network.state_dict())
     path.write_bytes(content)
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=message) as caught:
         load_weights(network, path)
     assert digest(network.state_dict()) == before
+    assert "\x1b" not in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+def test_a_file_of_nested_tensors_is_refused(tmp_path):
+    torch.save({"a": torch.nested.nested_tensor([torch.ones(2)])}, tmp_path / "weights.pt")
+    with pytest.raises(ValueError, match="weights must be floating point, dense and in the file, however a of "):
+        load_weights(mlp(64, [12], 5), tmp_path / "weights.pt")
+
+
+def test_a_tensor_that_a_file_holds_twice_is_not_taken_by_name(tmp_path):
+    state = mlp(64, [12], 5).state_dict()
+    torch.save(state | {f"module.{name}": t + 1 for name, t in state.items()}, tmp_path / "weights.pt")
+    with pytest.raises(ValueError, match="they are 8 tensors where it has 4"):
+        load_weights(mlp(64, [12], 5), tmp_path / "weights.pt")
+
+
+def test_a_file_that_cannot_be_read_is_refused(tmp_path):
+    for path, reason in ((tmp_path / "none.pt", "No such file or directory"), (tmp_path, "Is a directory")):
+        with pytest.raises(ValueError, match=f"however it can't be read: {reason}$"):
+            load_weights(mlp(64, [12], 5), path)
+
+
+@pytest.mark.parametrize(("theirs", "side"), [(True, "file"), (False, "network")])
+def test_a_file_with_or_without_batchnorm_is_named_so(theirs, side, tmp_path):
+    torch.save(cnn(5, 1, 8, batchnorm=theirs).state_dict(), tmp_path / "weights.pt")
+    with pytest.raises(ValueError, match=f"however only the {side} has BatchNorm"):
+        load_weights(cnn(5, 1, 8, batchnorm=not theirs), tmp_path / "weights.pt")
 
 
 class Harmful:
@@ -538,7 +834,7 @@ class Harmful:
 
 def test_a_file_runs_no_code(tmp_path, capsys):
     torch.save({"a": Harmful()}, tmp_path / "weights.pt")
-    with pytest.raises(ValueError, match="however: UnpicklingError"):
+    with pytest.raises(ValueError, match="holds a whole module or object, print"):
         load_weights(mlp(64, [12], 5), tmp_path / "weights.pt")
     assert "run" not in capsys.readouterr().out
 
