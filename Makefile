@@ -32,6 +32,7 @@ check: .venv/dev
 bench: .venv/run
 	$(BIN)/python -m benchmarks.layers
 	$(BIN)/python -m benchmarks.training
+	$(BIN)/python -m benchmarks.averaging
 	$(BIN)/python -m benchmarks.scale
 
 .venv/run: requirements.txt pyproject.toml
