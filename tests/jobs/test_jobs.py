@@ -35,6 +35,10 @@ def finished(tmp_path_factory, new_place):
     said = there.jobs("submit", EXPERIMENT, "--grid", "smoke", "--cluster", "local", "--max-parallel", "2")
     assert "submitted 6 runs" in said and "2 at once" in said
     there.wait()
+    deadline = time.monotonic() + 60
+    while len(list(there.folders.runs.rglob("*_result.pkl"))) < 2:  # a job's last file, after its last run is done
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
     return there
 
 
