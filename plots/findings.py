@@ -342,7 +342,7 @@ def claims() -> list[Claim]:
                     {"dataset": "fashion_mnist", "model": "mlp", "depth": 1},
                     "ensemble_size",
                     5,
-                    "Fashion-MNIST, also 2, 5 and 8 networks",
+                    "Fashion-MNIST, all of 2, 3, 5 and 8 networks",
                     "python -m jobs submit parameter_averaging --grid fashion_mnist --cluster NAME",
                 ),
                 Missing(
