@@ -11,8 +11,6 @@ from types import ModuleType
 
 from torch import library as operators
 
-_declared: list[operators.Library] = []  # what is declared lives as long as this object
-
 
 def import_datasets() -> ModuleType:
     """Return the module `torchvision.datasets`. Importing it takes one to two seconds: call this only to download."""
@@ -24,9 +22,7 @@ def import_datasets() -> ModuleType:
         # A failed import leaves its submodules behind, and they would not be run again.
         for name in [name for name in sys.modules if name == "torchvision" or name.startswith("torchvision.")]:
             del sys.modules[name]
-        fragment = operators.Library("torchvision", "FRAGMENT")
-        for operator in ("nms", "qnms"):
-            fragment.define(f"{operator}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-        _declared.append(fragment)
+        for operator in ("torchvision::nms", "torchvision::qnms"):
+            operators.define(operator, "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
         from torchvision import datasets
     return datasets
