@@ -220,21 +220,22 @@ def in_favour(found: Difference, measure: str) -> bool:
 def tally(found: Mapping[str, Sequence[Difference]]) -> str:
     """Return, by measure, how many differences are shown to be better and worse; of one alone, what it is.
 
-    Nothing where no interval is known.
+    Nothing where no interval is known; of how many none is, beside others, is said.
     """
     words = []
     for name, every in found.items():
         known = [one for one in every if np.isfinite(one.half)]
         shown = sum(one.shown for one in known)
         label, unit = MEASURES[name].name.removeprefix("final "), MEASURES[name].unit.replace("%", "points")
-        if len(known) == 1:
+        few = f", too few seeds to tell in {len(every) - len(known)} more" if len(known) < len(every) else ""
+        if len(known) == len(every) == 1:
             verdict = "" if shown else ", no difference is shown"
             words.append(f"{label} {difference_in_words(known[0], name)} {unit}{verdict}")
         elif known and not shown:
-            words.append(f"{label}, no difference is shown in any of {len(known)}")
+            words.append(f"{label}, no difference is shown in any of {len(known)}{few}")
         elif known:
             better = sum(in_favour(one, name) for one in known)
-            words.append(f"{label} better in {better} and worse in {shown - better} of {len(known)}")
+            words.append(f"{label} better in {better} and worse in {shown - better} of {len(known)}{few}")
     return "; ".join(words)
 
 

@@ -624,11 +624,11 @@ def _verdicts(every: Sequence[Arm]) -> list[str]:
         if words := tally({name: [pair.difference(name) for pair in mine] for name in COMPARED}):
             methods = f"of {len(mine)} methods" if len(mine) > 1 else mine[0].ours.method
             lines.append(f"{label}, {methods}: {words}.")
-    if lines:
-        return [COUNTED, *lines]
-    return [
-        "No two optimizers have three seeds in common: no interval is known, and none can be said to be better."
-    ] * bool(pairs)
+    if pairs and not lines:
+        return [
+            "No two optimizers have three seeds in common: no interval is known, and none can be said to be better."
+        ]
+    return [COUNTED, *lines] if lines else []
 
 
 def _curve_figures(every: Sequence[Arm], df: pd.DataFrame) -> Figures:

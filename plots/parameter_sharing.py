@@ -470,11 +470,9 @@ def _verdicts(every: Sequence[Cell]) -> list[str]:
                  for name in ("test_accuracy", "test_nll")}  # fmt: skip
         if words := tally(found):
             lines.append(f"{what[0].upper()}{what[1:]}: {words}.")
-    return (
-        [COUNTED, *lines]
-        if lines
-        else ["No two cells have three seeds in common: no interval is known, and none can be said to be better."]
-    )
+    if not lines:
+        return ["No two cells have three seeds in common: no interval is known, and none can be said to be better."]
+    return [COUNTED, *lines]
 
 
 def _scheme_figure(setting: Setting, df: pd.DataFrame) -> Figures:

@@ -755,9 +755,9 @@ def lines(networks: "Sequence[nn.Module]", name: str, images: "Images", dtype: "
 def inference_speeds(
     model: "nn.Module", plain: "nn.Module", images: "Images", ensemble_size: int, dtype: "torch.dtype"
 ) -> dict[str, float]:
-    """Return images a second of predictions, of the model and in turn of a plain network, whose ratio no busy machine moves.
+    """Return images a second of predictions, of the model and, in turn with it, of a plain network: for their ratio.
 
-    Medians of nine batches of 500 after two others.
+    Medians of nine batches of 500 after two others. What else a machine does moves both, so the ratio less than each.
     """
     import statistics
 

@@ -69,14 +69,17 @@ def test_a_tally_counts_what_is_shown_for_the_better_and_the_worse_and_states_on
     up, down, wide, unknown = (image_runs.Difference(mean, half, 3) for mean, half in
                                ((2.0, 1.0), (-2.0, 1.0), (2.0, 3.0), (2.0, np.nan)))  # fmt: skip
     assert image_runs.tally({"test_accuracy": [up, up, down, wide, unknown], "test_nll": [up, up, down, wide]}) == (
-        "test accuracy better in 2 and worse in 1 of 4; test NLL better in 1 and worse in 2 of 4"
+        "test accuracy better in 2 and worse in 1 of 4, too few seeds to tell in 1 more; "
+        "test NLL better in 1 and worse in 2 of 4"
     )
     assert image_runs.tally({"test_accuracy": [wide, wide]}) == "test accuracy, no difference is shown in any of 2"
     alone = (
         "test accuracy +2.00 (+1.00 to +3.00) points; test NLL +2.000 (-1.000 to +5.000) nats, no difference is shown"
     )
-    assert image_runs.tally({"test_accuracy": [up], "test_nll": [wide, unknown]}) == alone.replace("-", figure.MINUS)
+    assert image_runs.tally({"test_accuracy": [up], "test_nll": [wide]}) == alone.replace("-", figure.MINUS)
     assert image_runs.tally({"test_accuracy": [unknown, unknown]}) == ""
+    one = image_runs.tally({"test_accuracy": [wide, unknown]})  # of which of the two it is can't be said
+    assert one == "test accuracy, no difference is shown in any of 1, too few seeds to tell in 1 more"
 
 
 def test_selection_is_among_the_cells_it_is_given() -> None:
