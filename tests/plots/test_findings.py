@@ -9,7 +9,9 @@ import pandas as pd
 import pytest
 
 from batchens.files import ROOT
+from batchens.results import METRICS
 from plots.findings import claims, text, write_findings
+from plots.reading import usable_results
 from scripts.parameter_averaging import GRIDS
 
 
@@ -20,6 +22,16 @@ def committed():
 
 def test_the_committed_findings_are_those_of_the_committed_results(committed):
     assert (ROOT / "FINDINGS.md").read_text(encoding="utf-8") == committed, "run: python -m plots findings"
+
+
+@pytest.mark.parametrize("experiment", sorted({claim.experiment for claim in claims()}))
+def test_the_text_beside_committed_figures_is_that_of_the_committed_results(experiment):
+    module = import_module(f"plots.{experiment}")
+    df, _ = usable_results(ROOT / "results", experiment, module.CONFIG, getattr(module, "METRICS", METRICS))
+    for setting, finding in module.findings(df).items():
+        readme = (ROOT / "results" / "figures" / experiment / setting / "README.md").read_text(encoding="utf-8")
+        for part in (*finding.sentences, finding.table, finding.provenance):
+            assert part in readme, f"run: python -m plots {experiment}"
 
 
 def test_every_claim_has_its_section_with_what_was_printed_wrong_and_measured(committed):
