@@ -17,12 +17,12 @@ from matplotlib.lines import Line2D
 from matplotlib.patheffects import Normal, Stroke
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
-from plots.figure import DASHED, LOOKS, MEASURES, MINUS, TEXT_WIDTH, Look, markdown, new_figure, with_spread
+from plots.figure import DASHED, LOOKS, MEASURES, MINUS, TEXT_WIDTH, Look, counted, markdown, new_figure, with_spread
 from plots.reading import FACTS
-from plots.statistics import Difference, difference
+from plots.statistics import Difference, difference, interval_of
 
 SCORES = ("test_accuracy", "test_nll", "test_brier", "test_ece", "disagreement", "epistemic", "seconds")
-ON_VALIDATION = "by the last epoch's validation accuracy, the mean over seeds; never on test"
+ON_VALIDATION = "by the last epoch's validation accuracy, the mean over seeds, of equals by NLL; never on test"
 RELIABILITY_BINS = 15
 SPARSE = 1  # % of the images: of a bin with fewer not much is known
 RELIABILITY = (
@@ -33,6 +33,7 @@ RELIABILITY = (
 # where a dot's number stands, in points: methods that cost the same do not write over each other
 BESIDE = {"longer": (7, -4), "deep_ensemble": (-7, 4), "batchensemble": (0, -8)}
 GREY, INK, BARS = "#404040", "#000000", "#dcdcdc"
+LEAVING = 3  # an axis is at most so many times as long as the nearer half of its rows needs; others are at its edge
 
 
 # --- from rows to numbers ---------------------------------------------------------------------------------------------
@@ -161,7 +162,7 @@ def compared(ours: pd.DataFrame, other: pd.DataFrame, names: tuple[str, str], me
     if not found.pairs:
         return f"{names[0]} and {names[1]} have no seed in common."
     decimals, unit = MEASURES[measure].decimals, MEASURES[measure].unit.replace("%", "points")
-    sentence = f"{names[0]} less {names[1]}: {found.mean:+.{decimals}f} {unit}".replace("-", MINUS)
+    sentence = f"{names[0]} less {names[1]}: {signed(found.mean, decimals)} {unit}"
     if found.pairs < 3:
         return sentence + f" ({found.pairs} paired seed{'s' * (found.pairs > 1)}: too few to tell)."
     verdict = "a difference" if found.shown else "no difference is shown"
@@ -171,8 +172,13 @@ def compared(ours: pd.DataFrame, other: pd.DataFrame, names: tuple[str, str], me
 
 def interval_in_words(found: Difference, decimals: int) -> str:
     """Return `-0.12 to +0.34`."""
-    ends = f"{found.mean - found.half:+.{decimals}f} to {found.mean + found.half:+.{decimals}f}"
-    return ends.replace("-", MINUS)
+    return f"{signed(found.mean - found.half, decimals)} to {signed(found.mean + found.half, decimals)}"
+
+
+def signed(value: float, decimals: int) -> str:
+    """Return `+0.12`, `-0.12`, or `0.00` of what is rounded to that."""
+    text = f"{value:+.{decimals}f}".replace("-", MINUS)
+    return text if text.strip(f"+{MINUS}0.") else text[1:]
 
 
 def provenance(runs: pd.DataFrame, description: str) -> str:
@@ -188,13 +194,33 @@ def provenance(runs: pd.DataFrame, description: str) -> str:
     return f"Drawn from {runs['run_id'].nunique()} runs. Setting: {description}. {'; '.join(facts)}."
 
 
+def main_device(runs: pd.DataFrame) -> str:
+    """Return the device that most of these runs were made on."""
+    return str(runs["device_name"].astype(str).mode()[0])
+
+
+def measured_on(runs: pd.DataFrame, cell: Sequence[str]) -> str:
+    """Return on which device times were measured, and how far they differ where they should not."""
+    device, devices = main_device(runs), runs["device_name"].astype(str)
+    left_out = "; runs on other devices are left out" if devices.nunique() > 1 else ""
+    alike = runs[(devices == device) & (runs["seconds"] > 0)].groupby(list(cell), dropna=False)["seconds"]
+    factor = (alike.max() / alike.min()).max()
+    load = (
+        f" Seeds of one configuration do the same work, and their times differ by up to a factor of {factor:.1f}: that is what "
+        "else the machine did, and of methods differences of that size say nothing."
+        if factor >= 1.05
+        else ""
+    )
+    return f"Measured on {device}{left_out}.{load}"
+
+
 def difference_in_words(found: Difference, measure: str) -> str:
     """Return `+0.12 (-0.10 to +0.34)`, to the decimals of the measure; of fewer than 3 pairs no interval is known."""
     if not found.pairs:
         return "no seed in common"
     decimals = MEASURES[measure].decimals
     ends = f" ({interval_in_words(found, decimals)})" if np.isfinite(found.half) else ""
-    return f"{found.mean:+.{decimals}f}".replace("-", MINUS) + ends
+    return signed(found.mean, decimals) + ends
 
 
 def differences_in_words(found: Mapping[str, Difference]) -> dict[str, str]:
@@ -207,8 +233,8 @@ def differences_in_words(found: Mapping[str, Difference]) -> dict[str, str]:
 
 
 COUNTED = (
-    "Better and worse are paired differences over seeds whose 95 % interval (t) leaves 0 out; where there is none at all, 1 in "
-    "40 would each way."
+    "Better and worse are paired differences over seeds whose 95 % interval (t) leaves 0 out. With no true difference 1 in 40 "
+    "would look better, and 1 in 40 worse."
 )
 
 
@@ -370,25 +396,114 @@ def draw_reliability(bins: pd.DataFrame, ax: Axes, *, look: Look, shares: bool =
     return ax
 
 
-def draw_strip(ax: Axes, at: float, values: Iterable[float], found: Difference, look: Look) -> None:
-    """Draw in the row at `at` a dot for each seed, and below them their mean with its 95 % interval as a diamond."""
-    values = np.asarray(list(values), float)
-    rows = at - 0.15 + (np.linspace(-0.2, 0.2, len(values)) if len(values) > 1 else np.zeros(1))
-    ax.plot(values, rows, look.marker, color=look.colour, ms=2.8, mec="white", mew=0.2, zorder=3)
-    bar = found.half if np.isfinite(found.half) else 0
-    style: dict[str, Any] = {"fmt": "D", "color": INK, "ms": 3, "mec": "white", "mew": 0.4, "elinewidth": 0.9}
-    ax.errorbar(found.mean, at + 0.27, xerr=bar, zorder=2.5, **style)
+class Row(NamedTuple):
+    """What stands in a row: values of seeds, their mean with its interval, and how they look."""
+
+    values: pd.Series
+    found: Difference
+    look: Look
 
 
-def label_rows(ax: Axes, labels: Sequence[tuple[str, bool]]) -> Axes:
-    """Label rows from above, each with whether it is a heading: these are bold, and no line is drawn."""
-    ax.set_yticks(range(len(labels)), [label for label, _ in labels])
-    for tick, (_, heading) in zip(ax.yaxis.get_major_ticks(len(labels)), labels, strict=True):
-        tick.label1.set_fontweight("bold" if heading else "normal")
-    ax.set_ylim(len(labels) - 0.5, -0.5)
+def row_of(runs: pd.DataFrame, measure: str, look: Look) -> Row:
+    values = runs.sort_values("seed")[measure].dropna()
+    return Row(values, interval_of(values), look)
+
+
+def row_of_difference(runs: pd.DataFrame, others: pd.DataFrame, measure: str, look: Look) -> Row:
+    """Return the paired differences of the seeds that both have."""
+    each = runs.set_index("seed")[measure] - others.set_index("seed")[measure]
+    return Row(each.dropna().sort_index(), difference(runs, others, measure), look)
+
+
+def draw_rows(
+    groups: Mapping[str, Sequence[tuple[str, Row]]], ax: Axes, *, measure: str, differences: bool = False
+) -> Axes:
+    """Draw labelled rows from above, those of a group below its heading: dots are seeds, a diamond their mean and interval.
+
+    A row that lies far from the rest, or of which a part would be cut off, is written at the edge. Of `differences` 0 is
+    on the axis.
+    """
+    rows = [row for title, some in groups.items() for row in [(title, None), *some]]
+    there = [(at, row) for at, (_, row) in enumerate(rows) if row is not None and len(row.values)]
+
+    def ends(row: Row) -> tuple[float, float, float]:
+        mean, half = row.found.mean, np.nan_to_num(row.found.half)
+        return mean, min(mean - half, row.values.min()), max(mean + half, row.values.max())
+
+    low, high = span_of([ends(row) for _, row in there], differences) if there else (-1, 1)
+    for at, row in there:
+        mean, least, most = ends(row)
+        if low <= least and most <= high:
+            _draw_strip(ax, at, row)
+            continue
+        words = with_spread(row.values, MEASURES[measure], unit=False).replace("-", MINUS)
+        if differences:
+            words = difference_in_words(row.found, measure)
+        left = mean < (low + high) / 2
+        ax.text(
+            0.01 if left else 0.99,
+            at,
+            f"\N{LEFTWARDS ARROW} {words}" if left else f"{words} \N{RIGHTWARDS ARROW}",
+            transform=ax.get_yaxis_transform(),
+            ha="left" if left else "right",
+            va="center",
+            fontsize=6.5,
+            color=INK,
+            bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.6},
+        )
+    ax.set_xlim(low, high)
+    ax.set_xlabel(MEASURES[measure].label)
+    if differences:
+        ax.axvline(0, color=GREY, lw=0.8, zorder=1)
+        ax.set_xlabel(f"difference of\n{MEASURES[measure].label.replace('%', 'points')}")
+    ax.xaxis.set_major_locator(MaxNLocator(4, min_n_ticks=3))
+    ax.set_yticks(range(len(rows)), [label for label, _ in rows])
+    for tick, (_, strip) in zip(ax.yaxis.get_major_ticks(len(rows)), rows, strict=True):
+        tick.label1.set_fontweight("normal" if strip else "bold")
+    ax.set_ylim(len(rows) - 0.5, -0.5)
     ax.tick_params(axis="y", length=0)
     ax.grid(False, axis="y")
     return ax
+
+
+def _draw_strip(ax: Axes, at: float, row: Row) -> None:
+    rows = at - 0.15 + (np.linspace(-0.2, 0.2, len(row.values)) if len(row.values) > 1 else np.zeros(1))
+    ax.plot(row.values, rows, row.look.marker, color=row.look.colour, ms=2.8, mec="white", mew=0.2, zorder=3)
+    style: dict[str, Any] = {"fmt": "D", "color": INK, "ms": 3, "mec": "white", "mew": 0.4, "elinewidth": 0.9}
+    ax.errorbar(row.found.mean, at + 0.27, xerr=np.nan_to_num(row.found.half), zorder=2.5, **style)
+
+
+def span_of(parts: Sequence[tuple[float, float, float]], zero: bool = False) -> tuple[float, float]:
+    """Return the ends of an axis for (mean, lowest, highest): of all, but for what lies far from the rest of them.
+
+    From the half that is nearest to the median, and 0 if it must be seen, outwards, until the axis would be LEAVING times as
+    long as these need.
+    """
+    middle = np.median([mean for mean, _, _ in parts])
+    near = sorted(parts, key=lambda part: abs(part[0] - middle))
+    half = near[: max(3, -(-len(near) // 2))]
+    seen = [0.0] if zero else []
+    low, high = min([*seen, *(part[1] for part in half)]), max([*seen, *(part[2] for part in half)])
+    longest = LEAVING * (high - low)
+    for _, least, most in near[len(half) :]:
+        if max(high, most) - min(low, least) > longest:
+            break
+        low, high = min(low, least), max(high, most)
+    return padded([low, high])
+
+
+def padded(values: Iterable[float]) -> tuple[float, float]:
+    low, high = float(min(values := list(values))), float(max(values))
+    pad = 0.05 * (high - low) or 0.5
+    return low - pad, high + pad
+
+
+def dots_of(n: Iterable[int], what: str = "seed") -> str:
+    """Return what the rows' dots and diamonds are, of so many seeds: no interval is promised where none is known."""
+    interval = " with its 95 % interval by Student's t" if max(n := list(n)) >= 3 else ""
+    none = f"; no interval is drawn of fewer than 3 {what}s" if min(n) < 3 else ""
+    edge = "what lies far from the rest, or reaches as far, is written at the edge"
+    return f"Dots are seeds, diamonds their mean{interval}, {counted(n).replace('seed', what)}{none}; {edge}"
 
 
 def two_scatters(

@@ -16,6 +16,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.patheffects import Normal, Stroke
 from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
 
 from plots.figure import (
@@ -41,17 +42,22 @@ from plots.image_runs import (
     ON_VALIDATION,
     RELIABILITY_BINS,
     SPARSE,
+    Row,
     Setting,
     choose,
     differences_in_words,
+    dots_of,
     draw_curves,
     draw_reliability,
-    draw_strip,
-    label_rows,
+    draw_rows,
     legend,
     logarithmic_losses,
+    main_device,
+    measured_on,
     paired_table,
     provenance,
+    row_of,
+    row_of_difference,
     setting_names,
     summarise_epochs,
     summarise_reliability,
@@ -59,7 +65,7 @@ from plots.image_runs import (
     two_members,
 )
 from plots.image_runs import summarise_runs as summarise_image_runs
-from plots.statistics import Difference, difference, interval_of
+from plots.statistics import Difference, difference
 
 SETTING = ["dataset", "model", "warmup_epochs", "batch_size", "augment", "precision", "epochs"]
 VARIED = [
@@ -82,12 +88,13 @@ PAIRS = (("adam", "sgd"), ("ivon", "sgd"), (POSTERIOR, "sgd"), (POSTERIOR, "ivon
 COMPARED = ("test_accuracy", "test_nll", "test_ece")
 LEVELS = (0.90, 0.95, 0.99)  # of what the worst optimizer reaches, the accuracies that time is measured to
 AVERAGED = (
-    "IVON is evaluated twice, on the same runs: at the mean of its posterior, as an ordinary network, and averaged over {} "
-    "samples of it"
+    "IVON learns a distribution of weights, its posterior. Each of its runs is evaluated twice: with the posterior's mean as "
+    "weights, and with predictions averaged over {} samples of it"
 )
 STRETCHED = "accuracy is stretched towards 100 %"
 RUNNING = "running, in training mode, the members' mean"
-COLUMNS = 4  # of panels beside each other
+HIGHEST = {"validation_nll": 10.0}  # on an axis that runs which diverged would take for themselves
+ASIDE = 1.3  # IVON averaged is drawn at so many times the rate, or it would hide IVON at the mean
 WIDTHS = {1: 0.5, 2: 0.75}  # of a figure of so few, in parts of a page's
 
 
@@ -284,7 +291,7 @@ def convergence(df: pd.DataFrame, every: Sequence[Arm]) -> dict[str, pd.DataFram
 
 def summarise_arms(every: Sequence[Arm]) -> pd.DataFrame:
     """Return, as text, what was chosen for each method and optimizer, n, and its measures; seconds are of one device."""
-    device = main_device(every)
+    device = main_device(_runs(every))
     rows = []
     for arm in every:
         seconds = arm.runs.loc[arm.runs["device_name"].astype(str) == device, "seconds"]
@@ -300,11 +307,6 @@ def summarise_arms(every: Sequence[Arm]) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def main_device(every: Sequence[Arm]) -> str:
-    """Return the device that most of the chosen runs were made on."""
-    return str(pd.concat([arm.runs["device_name"].astype(str) for arm in every]).mode()[0])
-
-
 def summarise_convergence_in_words(found: Mapping[str, pd.DataFrame], device: str) -> pd.DataFrame:
     """Return, as text, epochs and seconds to each level of each method and optimizer."""
     rows = []
@@ -318,8 +320,11 @@ def summarise_convergence_in_words(found: Mapping[str, pd.DataFrame], device: st
     return pd.DataFrame(rows)
 
 
-def _time_in_words(at: pd.DataFrame, device: str) -> str:
-    """Return `2.3 ± 0.6 epochs, 4.1 ± 0.2 s`; where a run is not there no mean, since that would be of the fast ones."""
+def _time_in_words(at: pd.DataFrame, device: str = "") -> str:
+    """Return `2.3 ± 0.6 epochs, 4.1 ± 0.2 s`, without a device only epochs.
+
+    Where a run is not there no mean, since that would be of the fast ones.
+    """
     there = at["epoch"].notna().sum()
     if there < len(at):
         return f"reached by {there} of {len(at)} seeds"
@@ -358,10 +363,15 @@ def describe(setting: Setting) -> str:
     if len(fast := runs[runs["method"] == "batchensemble"]):
         optimizers.append(f"BatchEnsembles with {values(fast, 'alpha_init', 'gamma_init')}".replace("_init", ""))
     return (
-        f"{f['dataset']} ({', '.join(sources)}), {f['model']}, {f['epochs']} epochs, batches of {f['batch_size']} images, "
-        f"{number(f['warmup_epochs'])} warm-up epochs, augment {f['augment']}, precision {f['precision']}; "
-        + "; ".join(optimizers)
+        f"{f['dataset']} ({', '.join(sources)}), {f['model']}, {f['epochs']} epoch{'s' * bool(f['epochs'] != 1)}, batches of "
+        f"{f['batch_size']} images, {number(f['warmup_epochs'])} warm-up epoch{'s' * bool(f['warmup_epochs'] != 1)}, augment "
+        f"{f['augment']}, precision {f['precision']}; " + "; ".join(optimizers)
     )
+
+
+def _runs(every: Sequence[Arm]) -> pd.DataFrame:
+    """Return the runs of all rates."""
+    return pd.concat([arm.rates for arm in every])
 
 
 def _averaged(every: Sequence[Arm]) -> str:
@@ -370,8 +380,12 @@ def _averaged(every: Sequence[Arm]) -> str:
     return f" {AVERAGED.format(' or '.join(map(str, samples)))}." if samples else ""
 
 
+def _seeds(every: Sequence[Arm]) -> list[int]:
+    return [arm.runs["seed"].nunique() for arm in every]
+
+
 def _n(every: Sequence[Arm]) -> str:
-    return counted(arm.runs["seed"].nunique() for arm in every)
+    return counted(_seeds(every))
 
 
 def _chosen_in_words(arm: Arm) -> str:
@@ -396,22 +410,32 @@ def _chosen(every: Sequence[Arm]) -> str:
 def draw_rates(arm: Arm, ax: Axes, *, measure: str) -> Axes:
     """Draw a validation measure against the learning rate: small dots are seeds, large ones their mean, filled the chosen.
 
-    Where a rate has fewer seeds than another the number stands beside it, and it could not be chosen.
+    What lies above HIGHEST is drawn there.
+    """
+    by = arm.rates.groupby("learning_rate")[measure]
+    aside, top, look = ASIDE if arm.name == POSTERIOR else 1.0, HIGHEST.get(measure), arm.look
+    means, seeds = by.mean().clip(upper=top), arm.rates[measure].clip(upper=top)
+    style: dict[str, Any] = {"marker": look.marker, "color": look.colour, "clip_on": False}
+    ax.plot(aside * arm.rates["learning_rate"], seeds, ls="", ms=2.4, mew=0, alpha=0.55, **style)
+    ax.plot(aside * means.index, means, ls=look.line, lw=0.9, ms=5, mfc="white", mew=0.8, **style)
+    ax.plot(aside * arm.rate, means[arm.rate], ms=6, mec="white", mew=0.5, zorder=4, **style)
+    ax.set_xscale("log")
+    ax.margins(x=0.2)
+    return ax
+
+
+def note_seeds(arm: Arm, ax: Axes, *, measure: str) -> None:
+    """Write beside a rate how many seeds it has where it has fewer than another; the axis has its scale and ends already.
+
+    To the right of the mean, since lines that leave the others come from the left, and towards the axis's middle.
     """
     by = arm.rates.groupby("learning_rate")
-    means, seeds = by[measure].mean(), by["seed"].nunique()
-    look = arm.look
-    ax.plot(arm.rates["learning_rate"], arm.rates[measure], look.marker, color=look.colour, ms=2.4, mew=0, alpha=0.55)
-    ax.plot(means.index, means, look.marker, ls=look.line, color=look.colour, lw=0.9, ms=5, mfc="white", mew=0.8)
-    ax.plot(arm.rate, means[arm.rate], look.marker, color=look.colour, ms=6, mec="white", mew=0.5, zorder=4)
+    means, seeds = by[measure].mean().clip(upper=HIGHEST.get(measure)), by["seed"].nunique()
     for rate, n in seeds[seeds < seeds.max()].reset_index().itertuples(index=False):
-        ax.annotate(
-            f"{n} of {seeds.max()}", (rate, means[rate]), (0, -9), textcoords="offset points", ha="center", va="center",
-            fontsize=6.5, color=GREY,
-        )  # fmt: skip
-    ax.set_xscale("log")
-    ax.margins(x=0.12)
-    return ax
+        at = (rate, means[rate])
+        high = (ax.transScale + ax.transLimits).transform(at)[1] > 0.5
+        text = ax.annotate(f"{n} of {seeds.max()}", at, (7, -9 if high else 9), textcoords="offset points", va="center")
+        text.set(color=GREY, fontsize=6.5, path_effects=[Stroke(linewidth=1.5, foreground="white"), Normal()])
 
 
 def stretch(ax: Axes) -> None:
@@ -430,37 +454,24 @@ def stretch(ax: Axes) -> None:
 
 
 def draw_arms(every: Sequence[Arm], ax: Axes, *, measure: str) -> Axes:
-    """Draw a row for each arm, under a heading for each method: dots are seeds, a diamond their mean and 95 % interval.
-
-    Dashed, through all rows: the mean of the single network that SGD trains.
-    """
-    rows: list[tuple[str, Arm | None]] = []
-    for method in dict.fromkeys(arm.method for arm in every):
-        rows += [(method, None), *((arm.look.label, arm) for arm in every if arm.method == method)]
-    for at, (_, arm) in enumerate(rows):
-        if arm is not None:
-            draw_strip(ax, at, arm.runs[measure], interval_of(arm.runs[measure]), arm.look)
-            if arm.name == "sgd" and arm.method == LOOKS["single"].label:
-                ax.axvline(arm.runs[measure].mean(), color=arm.look.colour, lw=0.8, ls=DASHED, zorder=1)
-    ax.set_xlabel(MEASURES[measure].label)
-    return label_rows(ax, [(label, arm is None) for label, arm in rows])
+    """Draw a row for each arm, under a heading for each method; dashed through all: the single network that SGD trains."""
+    groups: dict[str, list[tuple[str, Row]]] = {}
+    for arm in every:
+        groups.setdefault(arm.method, []).append((arm.look.label, row_of(arm.runs, measure, arm.look)))
+    draw_rows(groups, ax, measure=measure)
+    for arm in every:
+        if arm.name == "sgd" and arm.method == LOOKS["single"].label:
+            ax.axvline(arm.runs[measure].mean(), color=arm.look.colour, lw=0.8, ls=DASHED, zorder=1)
+    return ax
 
 
 def draw_differences(pairs: Sequence[Comparison], ax: Axes, *, measure: str) -> Axes:
-    """Draw paired differences, those of a method under one heading: dots are seeds, a diamond mean and 95 % interval."""
-    rows: list[tuple[str, Comparison | None]] = []
-    for method in dict.fromkeys(pair.ours.method for pair in pairs):
-        rows += [(method, None), *((pair.label, pair) for pair in pairs if pair.ours.method == method)]
-    for at, (_, pair) in enumerate(rows):
-        if pair is None:
-            continue
-        each = pair.ours.runs.set_index("seed")[measure] - pair.other.runs.set_index("seed")[measure]
-        if len(each := each.dropna()):
-            draw_strip(ax, at, each, pair.difference(measure), pair.ours.look)
-    ax.axvline(0, color=GREY, lw=0.8, zorder=1)
-    ax.set_xlabel(f"difference of\n{MEASURES[measure].label.replace('%', 'points')}")
-    ax.xaxis.set_major_locator(MaxNLocator(5))
-    return label_rows(ax, [(label, pair is None) for label, pair in rows])
+    """Draw a row for each pair, those of a method under one heading."""
+    groups: dict[str, list[tuple[str, Row]]] = {}
+    for pair in pairs:
+        row = row_of_difference(pair.ours.runs, pair.other.runs, measure, pair.ours.look)
+        groups.setdefault(pair.ours.method, []).append((pair.label, row))
+    return draw_rows(groups, ax, measure=measure, differences=True)
 
 
 def draw_convergence(reached: pd.DataFrame, ax: Axes, *, measure: str, most: float | None = None) -> Axes:
@@ -514,40 +525,40 @@ def findings(df: pd.DataFrame) -> dict[str, Finding]:
     """Return for each setting's name what was found, and from what."""
     found = {}
     for setting in settings(df):
-        every, device = arms(setting), main_device(arms(setting))
+        every = arms(setting)
         reached = convergence(df, every)
         tables = [
-            "Mean ± standard deviation over seeds (of one seed no spread is known); learning rate of each row chosen "
-            f"{ON_VALIDATION}; IVON's at the mean. In brackets: whether it is the smallest or largest of those tried. "
-            f"{_seconds(every)}\n\n" + markdown(summarise_arms(every)),
+            "Mean ± standard deviation over seeds; one seed has no spread. The learning rate of each row was chosen "
+            f"{ON_VALIDATION}; IVON's with the posterior's mean. In brackets: it is the smallest, largest or only one of "
+            f"those tried. {_seconds(every)}\n\n" + markdown(summarise_arms(every)),
             "Epochs and seconds of training until the validation accuracy is first there: 90, 95 and 99 % of the final one of "
-            "the method's worst optimizer. Validation is once an epoch.\n\n"
-            + markdown(summarise_convergence_in_words(reached, device)),
+            "the method's worst optimizer. Validation is once an epoch. Seconds are as above.\n\n"
+            + markdown(summarise_convergence_in_words(reached, main_device(_runs(every)))),
         ]
         differences = paired_table(summarise_differences(every))
         made = provenance(setting.runs, describe(setting))
         found[setting.name] = Finding(
-            _sentences(setting, every, reached, device), "\n\n".join(tables + differences), made, "".join(differences)
+            _sentences(setting, every, reached), "\n\n".join(tables + differences), made, "".join(differences)
         )
     return found
 
 
 def _seconds(every: Sequence[Arm]) -> str:
-    devices = pd.concat([arm.runs["device_name"].astype(str) for arm in every])
-    left_out = "; runs on other devices are left out" if devices.nunique() > 1 else ""
+    """Return what seconds are; how far they may be trusted all rates tell, since these do the same work."""
     return (
-        f"Seconds are without validation, measured on {main_device(every)}{left_out}; what else that machine did is not "
-        "known."
+        f"Seconds are of training, without validation. {measured_on(_runs(every), ['name', 'arm'])} Runs that differ in the "
+        "learning rate alone count as one configuration there."
     )
 
 
-def _sentences(setting: Setting, every: Sequence[Arm], reached: Mapping[str, pd.DataFrame], device: str) -> list[str]:
+def _sentences(setting: Setting, every: Sequence[Arm], reached: Mapping[str, pd.DataFrame]) -> list[str]:
     f = setting.fields
     epochs = f"{f['epochs']} epoch{'s' if f['epochs'] > 1 else ''}"
     spread = ", mean ± standard deviation" if max(len(arm.runs) for arm in every) > 1 else ""
     lines = [
-        f"{f['dataset']}, {f['model']}, {epochs}, {_n(every).removeprefix('n = ')}: test accuracy, NLL and ECE after the last "
-        f"epoch{spread}; learning rates chosen {ON_VALIDATION}.{_averaged(every)}"
+        f"{f['dataset']}, {f['model']}, {epochs}, {_n(every).removeprefix('n = ')}: test accuracy, NLL (negative "
+        f"log-likelihood) and ECE (expected calibration error) after the last epoch{spread}. Learning rates were chosen "
+        f"{ON_VALIDATION}.{_averaged(every)}"
     ]
     for method in reached:
         values = [
@@ -562,32 +573,41 @@ def _sentences(setting: Setting, every: Sequence[Arm], reached: Mapping[str, pd.
             for arm in every
             if arm.method == method
         ]
-        lines.append(f"{method[0].upper()}{method[1:]}: {'; '.join(values)}.")
+        lines.append(f"{_capital(method)}: {'; '.join(values)}.")
     ordinary = [arm for arm in every if arm.name != POSTERIOR]
     if edges := _by_rate([arm for arm in ordinary if arm.edge in ("smallest", "largest")]):
-        lines.append(f"At the edge of the rates that were tried, so that the best may lie outside: {edges}.")
+        lines.append(f"Chosen at the edge of the rates that were tried, so that a better one may lie beyond: {edges}.")
     if only := _by_rate([arm for arm in ordinary if arm.edge == "only"]):
-        lines.append(f"Nothing was chosen where one rate alone was tried: {only}.")
+        lines.append(f"Only one rate was tried, so that none was chosen: {only}.")
     if short := lacking(setting.runs):
         lines.append(
-            "Fewer seeds than other rates have, as their runs diverged or are not done yet, and so not chosen from: "
+            "These rates have fewer seeds than others, because runs diverged or are not done yet, and could not be chosen: "
             f"{'; '.join(short)}."
         )
     lines += _verdicts(every)
+    times = []
     for method, mine in reached.items():
         level = mine["level"].max()
-        times = [
-            f"{OPTIMIZERS[str(name)].label} {_time_in_words(one[one['level'] == level], device)}"
+        each = [
+            f"{OPTIMIZERS[str(name)].label} {_time_in_words(one[one['level'] == level])}"
             for name, one in mine.groupby("arm", sort=False)
         ]
-        lines.append(f"To {level:.1f} % on validation, {method}: {'; '.join(times)}.")
+        times.append(f" {_capital(method)} ({level:.1f} %): {', '.join(each)}.")
+    lines.append(
+        f"Training until the validation accuracy is first at {100 * LEVELS[-1]:g} % of what the method's worst optimizer ends "
+        f"with.{''.join(times)}"
+    )
     if moved := _hessians_way(setting.runs):
         lines.append(moved)
     lines.append(
-        f"All of it at one budget, {epochs} of a schedule that ends there: of longer training, and of how optimizers compare "
-        "where networks converge, it says nothing."
+        f"All of this is at one budget of {epochs}, at whose end the learning rate is 0. It says nothing of longer training, "
+        "or of how optimizers compare once networks have converged."
     )
     return lines
+
+
+def _capital(words: str) -> str:
+    return words[0].upper() + words[1:]
 
 
 def _hessians_way(runs: pd.DataFrame) -> str:
@@ -601,8 +621,8 @@ def _hessians_way(runs: pd.DataFrame) -> str:
         for values in (ways, ivon["steps"])
     )
     return (
-        f"IVON's Hessian, an average that decays with beta2, has in {steps} steps gone {way} % of its way from hess_init; as "
-        "far as it has not, its posterior has a variance that was set and not learned."
+        "The variance of IVON's posterior comes from a running average of the loss's curvature (its Hessian), which starts at "
+        f"hess_init. In {steps} steps that average goes {way} % of its way; the rest of it was set and not learned."
     )
 
 
@@ -622,7 +642,7 @@ def _verdicts(every: Sequence[Arm]) -> list[str]:
     for label in dict.fromkeys(pair.label for pair in pairs):
         mine = [pair for pair in pairs if pair.label == label]
         if words := tally({name: [pair.difference(name) for pair in mine] for name in COMPARED}):
-            methods = f"of {len(mine)} methods" if len(mine) > 1 else mine[0].ours.method
+            methods = f"{len(mine)} methods" if len(mine) > 1 else mine[0].ours.method
             lines.append(f"{label}, {methods}: {words}.")
     if pairs and not lines:
         return [
@@ -663,10 +683,9 @@ def _curve_figures(every: Sequence[Arm], df: pd.DataFrame) -> Figures:
 
 
 def _panels(names: Sequence[str], height: float) -> tuple[Figure, dict[str, Axes]]:
-    """Return a figure of a panel for each name, with one scale, at most four beside each other."""
+    """Return a figure of a panel for each name, with one scale."""
     names = list(dict.fromkeys(names))
-    columns = min(COLUMNS, len(names))
-    down = -(-len(names) // columns)
+    columns, down = _grid_of(len(names))
     figure = new_figure(TEXT_WIDTH * WIDTHS.get(columns, 1), height * down + 0.5)
     axes = figure.subplots(down, columns, sharex=True, sharey=True, squeeze=False)
     for ax in list(axes.flat)[len(names) :]:
@@ -674,13 +693,20 @@ def _panels(names: Sequence[str], height: float) -> tuple[Figure, dict[str, Axes
     return figure, dict(zip(names, axes.flat, strict=False))
 
 
+def _grid_of(panels: int) -> tuple[int, int]:
+    """Return in how many columns and rows so many panels stand: four beside each other, three where that has fewer holes."""
+    columns = min(panels, 3 if panels in (5, 6) else 4)
+    return columns, -(-panels // columns)
+
+
 def _outer(axes: Mapping[str, Axes]) -> None:
     """Leave labels to the left and to those without a panel below."""
+    columns, _ = _grid_of(len(axes))
     for i, ax in enumerate(axes.values()):
-        if i % COLUMNS:
+        if i % columns:
             ax.set_ylabel("")
             ax.tick_params(labelleft=False)
-        if i + COLUMNS < len(axes):
+        if i + columns < len(axes):
             ax.set_xlabel("")
         else:
             ax.tick_params(labelbottom=True)
@@ -696,26 +722,35 @@ def _scale(ax: Axes, measure: str) -> None:
 def _rate_figures(every: Sequence[Arm], df: pd.DataFrame) -> Figures:
     methods = list(dict.fromkeys(arm.method for arm in every))
     optimizers = [name for name in OPTIMIZERS if name != POSTERIOR and any(arm.name == name for arm in every)]
-    runs = pd.concat([arm.rates for arm in every])
+    runs = _runs(every)
     short = lacking(runs)
     named = (
-        f" Fewer seeds than other rates have, as their runs diverged or are not done yet: {'; '.join(short)}."
+        f" These rates have fewer seeds than others, because runs diverged or are not done yet: {'; '.join(short)}."
         if short
         else ""
     )
+    if any(arm.name == POSTERIOR for arm in every):
+        named = f" IVON averaged is drawn at {ASIDE:g} times its rate, beside IVON at the mean.{named}"
     for measure, title in (
         ("validation_accuracy", f"Validation accuracy after the last epoch ({STRETCHED})"),
         ("validation_nll", "Validation NLL after the last epoch (logarithmic)"),
     ):
         figure = new_figure(TEXT_WIDTH * max(1.5, len(optimizers)) / 3, max(2.4, 1.2 * len(methods) + 0.7))
         axes = figure.subplots(len(methods), len(optimizers), sharex="col", sharey="row", squeeze=False)
+        top = HIGHEST.get(measure, np.inf)
+        above = f" What is above {top:g} nats is drawn there." if runs[measure].max() > top else ""
+        panels = {(method, name): axes[i, k] for i, method in enumerate(methods) for k, name in enumerate(optimizers)}
+        for arm in every:
+            draw_rates(arm, panels[arm.method, arm.runs["optimizer"].iloc[0]], measure=measure)
         for row, method in zip(axes, methods, strict=True):
-            for ax, name in zip(row, optimizers, strict=True):
-                mine = [arm for arm in every if arm.method == method and arm.name.startswith(name)]
-                for arm in mine:
-                    draw_rates(arm, ax, measure=measure)
-            row[0].set_ylabel(method)
             _scale(row[0], measure)
+            if runs.loc[runs["name"] == method, measure].max() > top:
+                row[0].set_ylim(top=top)
+                row[0].yaxis.set_major_formatter(lambda nats, _, top=top: f"{'≥ ' if nats >= top else ''}{nats:g}")
+            row[-1].annotate(method, (1.03, 0.5), xycoords="axes fraction", rotation=270, va="center", fontsize=8)
+        for arm in every:
+            if arm.name != POSTERIOR:
+                note_seeds(arm, panels[arm.method, arm.name], measure=measure)
         for ax, name in zip(axes[0], optimizers, strict=True):
             ax.set_title(optimizer_name(name))
         for ax, name in zip(axes[-1], optimizers, strict=True):
@@ -729,14 +764,13 @@ def _rate_figures(every: Sequence[Arm], df: pd.DataFrame) -> Figures:
         yield (
             f"learning_rates_{measure}",
             f"{title} against the learning rate, a column for each optimizer, a row for each method. Small dots are seeds, "
-            f"large ones their mean, {_n(every)} at the chosen rate, which is filled; it was chosen {ON_VALIDATION}; IVON's at "
-            f"the mean.{named}",
+            f"large ones their mean, {_n(every)} at the chosen rate, which is filled. It was chosen {ON_VALIDATION}; IVON's at "
+            f"the mean.{named}{above}",
             figure,
         )
 
 
 def _method_figures(every: Sequence[Arm], df: pd.DataFrame) -> Figures:
-    dots = "Dots are seeds, diamonds their mean with its 95 % interval by Student's t"
     headings = len({arm.method for arm in every})
     averaged = _averaged(every)
     figure = new_figure(TEXT_WIDTH, 0.17 * (len(every) + headings) + 0.6)
@@ -744,8 +778,8 @@ def _method_figures(every: Sequence[Arm], df: pd.DataFrame) -> Figures:
         draw_arms(every, ax, measure=measure)
     yield (
         "methods",
-        f"Final test accuracy (left) and NLL (right) of each method and optimizer.{averaged} {dots}, {_n(every)}; dashed: the "
-        f"mean of the single network that SGD trains. {_chosen(every)}",
+        f"Final test accuracy (left) and NLL (right) of each method and optimizer.{averaged} {dots_of(_seeds(every))}. Dashed: "
+        f"the mean of the single network that SGD trains. {_chosen(every)}",
         figure,
     )
     pairs = comparisons(every)
@@ -755,20 +789,20 @@ def _method_figures(every: Sequence[Arm], df: pd.DataFrame) -> Figures:
     figure = new_figure(TEXT_WIDTH, 0.17 * (len(pairs) + headings) + 0.75)
     for ax, measure in zip(figure.subplots(1, 3, sharey=True), COMPARED, strict=True):
         draw_differences(pairs, ax, measure=measure)
-    n = counted(len(set(pair.ours.runs["seed"]) & set(pair.other.runs["seed"])) for pair in pairs)
+    dots = dots_of([pair.difference(COMPARED[0]).pairs for pair in pairs], "paired seed")
     yield (
         "differences",
         "Paired differences over seeds of final test accuracy (right of 0 is better), NLL and ECE in 15 bins (left of 0 is "
-        f"better).{averaged} {dots}, {n.replace('seed', 'paired seed')}. None of the {3 * len(pairs)} intervals is corrected "
-        f"for their number. {_chosen(every)}",
+        f"better).{averaged} {dots}. None of the {len(COMPARED) * len(pairs)} intervals is corrected for their number. "
+        f"{_chosen(every)}",
         figure,
     )
 
 
 def _convergence_figures(every: Sequence[Arm], df: pd.DataFrame) -> Figures:
     found = convergence(df, every)
-    every_run, device = pd.concat(list(found.values())), main_device(every)
-    columns, down = min(COLUMNS, len(found)), -(-len(found) // COLUMNS)
+    every_run, device = pd.concat(list(found.values())), main_device(_runs(every))
+    columns, down = _grid_of(len(found))
     figure = new_figure(TEXT_WIDTH * WIDTHS.get(columns, 1), 3.2 * down + 0.5)
     axes = figure.subplots(2 * down, columns, sharey=False, squeeze=False)
     for rows, measure, unit in ((axes[:down], "epoch", "epochs"), (axes[down:], "elapsed", "seconds of training")):

@@ -23,14 +23,12 @@ from matplotlib.cm import ScalarMappable
 from matplotlib.colors import LogNorm, Normalize, SymLogNorm
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import MaxNLocator
 
 from batchens import results
 from plots.figure import (
     DASHED,
     LOOKS,
     MEASURES,
-    MINUS,
     TEXT_WIDTH,
     TIMES,
     Figures,
@@ -45,28 +43,32 @@ from plots.figure import (
     with_spread,
 )
 from plots.image_runs import (
-    GREY,
-    INK,
     ON_VALIDATION,
     RELIABILITY,
+    Row,
     Setting,
     choose,
     curves_of,
     difference_in_words,
     differences_in_words,
+    dots_of,
     draw_curves,
-    draw_strip,
+    draw_rows,
     in_favour,
-    label_rows,
     logarithmic,
+    main_device,
+    measured_on,
+    padded,
     paired_table,
     provenance,
     reliability_diagrams,
+    row_of,
+    row_of_difference,
     setting_names,
     summarise_reliability,
 )
 from plots.reading import FACTS
-from plots.statistics import Difference, difference, interval_of
+from plots.statistics import Difference, difference
 
 SETTING = [
     "dataset", "model", "depth", "hidden_size", "batchnorm", "optimizer", "learning_rate", "weight_decay", "momentum", "epochs",
@@ -92,12 +94,12 @@ ARMS = {
     "matching_first": Look("weight matching to first", "#56B4E9", "v", (0, (5, 1, 1, 1))),
     "permavg": Look("PermAVG", "#009E73", "P"),
     "permavg_matched": Look("PermAVG from matched", "#00503A", "D", (0, (3, 1))),
-    "thesis": Look("PermAVG as in the thesis", "#8FBC3F", "X", (0, (5, 1, 1, 1))),
+    "thesis": Look("PermAVG T = 1 (thesis)", "#8FBC3F", "X", (0, (5, 1, 1, 1))),
     "distillation": Look("distillation", "#E69F00", "d"),
     "longer": LOOKS["longer"],
     "fine_tuned_single": Look("fine-tuned best single", "#882255", "8", (0, (3, 1))),
-    "fine_tuned_average": Look("fine-tuned average", "#56B4E9", "<", (0, (5, 1, 1, 1))),
-    "fine_tuned_matched": Look("fine-tuned matched average", "#0072B2", ">"),
+    "fine_tuned_average": Look("fine-tuned average", "#CC6677", "<", (0, (5, 1, 1, 1))),
+    "fine_tuned_matched": Look("fine-tuned matched average", "#332288", ">"),
     "mixing": Look("free mixing", "#B08FCB", "h", (0, (1, 1))),
     "mixing_matched": Look("free mixing from matched", "#6A3D7C", "H", (0, (5, 1, 1, 1, 1, 1))),
 }
@@ -110,22 +112,21 @@ OTHERS = {
     "single": "best single network",
     "deep_ensemble": "deep ensemble",
     "distillation": "distillation",
-    "longer": "single network, longer",
+    "longer": "longer single network",
     "naive_average": "naive average",
     "weight_matching": "weight matching",
     "fine_tuned_single": "fine-tuned best single",
     "fine_tuned_average": "fine-tuned average",
     "mixing": "free mixing",
 }
-THESIS_SIZE, THESIS_TEMPERATURE, THESIS_RATE = 3, 1.0, 0.1
+THESIS_SIZE, THESIS_TEMPERATURE = 3, 1.0
+BEST, FORM_OF_THESIS = "best on validation", "in the thesis' form"
 COMPARED = ("test_accuracy", "test_nll")
 OWN = {
     "total_seconds": Measure("training time, of the networks and after", "s", 1),
     "relative_speed": Measure("images per second, plain network = 1", "", 2, True),
 }
 RATIO = Measure("", "", 2)
-LEAVING = 3  # an axis is at most so many times as long as the nearer half of its rows needs; others are at its edge
-AT_THE_EDGE = "what lies far from the rest, or reaches as far, is written at the edge, mean ± standard deviation"
 
 
 # --- from rows to numbers ---------------------------------------------------------------------------------------------
@@ -154,7 +155,7 @@ def summarise_runs(df: pd.DataFrame) -> pd.DataFrame:
     runs["seconds"] = runs["run_id"].map(seconds).fillna(0.0)
     runs["total_seconds"] = runs["seconds_base"] + runs["seconds_matching"].fillna(0) + runs["seconds"]
     runs["relative_speed"] = runs["inference_images_per_second"] / runs["plain_images_per_second"]
-    deciding = ["method", "start", "matching", "temperature", "extra_learning_rate"]
+    deciding = ["method", "start", "matching", "temperature"]
     runs["arm"] = [_arm(*of) for of in runs[deciding].itertuples(index=False)]
     return runs
 
@@ -163,10 +164,10 @@ def _last(rows: pd.DataFrame) -> pd.DataFrame:
     return rows.sort_values("epoch", kind="stable").drop_duplicates("run_id", keep="last").set_index("run_id")
 
 
-def _arm(method: str, start: str, matching: str, temperature: float, rate: float) -> str:
+def _arm(method: str, start: str, matching: str, temperature: float) -> str:
     if method == "weight_matching":
         return f"matching_{matching or 'mean'}"
-    if (method, start, temperature, rate) == ("permavg", "identity", THESIS_TEMPERATURE, THESIS_RATE):
+    if (method, start, temperature) == ("permavg", "identity", THESIS_TEMPERATURE):
         return "thesis"
     matched = {"permavg": "permavg_matched", "mixing": "mixing_matched", "fine_tuned_average": "fine_tuned_matched"}
     return matched[method] if start == "matching" else method
@@ -200,8 +201,7 @@ TOLD = {
 def _labelled(runs: pd.DataFrame, told: Collection[str] = tuple(TOLD)) -> pd.DataFrame:
     """Add `label`: no more of what varies within a form than it takes to tell its configurations apart.
 
-    A form is an arm, of PermAVG a start and a temperature, the thesis' rate being one of several. PermAVG that is not the
-    thesis' by its rate alone tells that always.
+    A form is an arm, of PermAVG a start and a temperature.
     """
     forms = runs.apply(_form_of, axis=1)
     several = {}
@@ -212,13 +212,9 @@ def _labelled(runs: pd.DataFrame, told: Collection[str] = tuple(TOLD)) -> pd.Dat
         several[form] = [name for name in told if known[name].nunique() > 1]
     labels = []
     for form, run in zip(forms, runs.to_dict("records"), strict=True):
-        arm, names = run["arm"], several[form]
-        if (arm, run["temperature"]) == ("permavg", THESIS_TEMPERATURE):
-            names = list(dict.fromkeys([*names, "extra_learning_rate"]))
-        words = [f"{form} (thesis)" if arm == "thesis" else form]
-        if arm == "single" and run["ensemble_size"] == 1:
-            words = ["first single network"]
-        for name in names:
+        first = run["arm"] == "single" and run["ensemble_size"] == 1
+        words = ["first single network" if first else form]
+        for name in several[form]:
             words.append(f"{TOLD[name]} {run[name] if name == 'matching' else number(run[name])}")
         labels.append(", ".join(words) + FORMS[run["form"]])
     order = {arm: i for i, arm in enumerate(ARMS)}
@@ -227,7 +223,7 @@ def _labelled(runs: pd.DataFrame, told: Collection[str] = tuple(TOLD)) -> pd.Dat
 
 
 def _form_of(run: pd.Series) -> str:
-    if run["arm"] not in PERMAVG:
+    if run["arm"] not in ("permavg", "permavg_matched"):
         return ARMS[run["arm"]].label
     return f"PermAVG T = {number(run['temperature'])}{' from matched' * (run['arm'] == 'permavg_matched')}"
 
@@ -264,7 +260,7 @@ def cells(setting: Setting, size: int) -> list[Cell]:
     """Return what is made of so many networks, the first of them before all else, forms of their own last.
 
     Of configurations that differ in the learning rate of extra training alone there is the best on validation, of so many
-    `candidates`; PermAVG as in the thesis always is there, and beside it what differs from that in its rate alone.
+    `candidates`.
     """
     runs = _labelled(setting.runs, [name for name in TOLD if name != "extra_learning_rate"])
     own = runs[runs["form"] == ""]
@@ -297,7 +293,7 @@ class Comparison(NamedTuple):
 
 
 def comparisons(setting: Setting, thesis: bool = False) -> list[Comparison]:
-    """Return PermAVG, as it is best on validation or as in the thesis, beside each of OTHERS, by method and M.
+    """Return PermAVG, as it is best on validation or in the thesis' form, beside each of OTHERS, by method and M.
 
     Of a method with several configurations it is the best on validation; of those that train, with as many extra epochs, and
     of the longer single network with as many as PermAVG and its networks together.
@@ -376,7 +372,7 @@ def picture(df: pd.DataFrame, run_id: str, split: str) -> np.ndarray | None:
 def summarise_cells(setting: Setting) -> pd.DataFrame:
     """Return, as text, what is made of each number of networks: seeds, scores, parameters, and the time of one device."""
     rows = []
-    device = _device(setting)
+    device = main_device(setting.runs)
     for (size, label), mine in setting.runs.groupby(["ensemble_size", "label"], sort=False):
         timed = mine[mine["device_name"].astype(str) == device]
         row = {"networks": str(size), "method": str(label), "seeds": str(len(mine))}
@@ -389,8 +385,25 @@ def summarise_cells(setting: Setting) -> pd.DataFrame:
         own = mine["form"].iloc[0] == ""
         row["training after (s)"] = with_spread(timed["seconds"], RATIO, unit=False) if own else ""
         speeds = timed["relative_speed"].dropna()
-        row[OWN["relative_speed"].label] = with_spread(speeds, RATIO, unit=False) if own and len(speeds) else ""
+        few = f" (of {len(speeds)})" if len(speeds) < len(mine) else ""
+        row[OWN["relative_speed"].label] = with_spread(speeds, RATIO, unit=False) + few if own and len(speeds) else ""
         rows.append(row)
+    return pd.DataFrame(rows)
+
+
+def summarise_sizes(setting: Setting) -> pd.DataFrame:
+    """Return, as text, the final test accuracy of each arm, at its best configuration on validation, by number of networks."""
+    best = best_of_arms(setting)
+    sizes = sorted(int(size) for size in set(best["ensemble_size"]))
+    rows = []
+    for arm, look in ARMS.items():
+        mine = best[best["arm"] == arm]
+        if len(mine):
+            row = {"method": look.label}
+            for size in sizes:
+                values = mine.loc[mine["ensemble_size"] == size, "test_accuracy"]
+                row[f"M = {size}"] = with_spread(values, MEASURES["test_accuracy"], unit=False) if len(values) else ""
+            rows.append(row)
     return pd.DataFrame(rows)
 
 
@@ -401,7 +414,7 @@ def summarise_differences(setting: Setting) -> pd.DataFrame:
         for pair in comparisons(setting, thesis):
             row = {
                 "networks": str(pair.size),
-                "PermAVG": f"{'as in the thesis' if thesis else 'best on validation'}: {pair.ours['label'].iloc[0]}",
+                "PermAVG": f"{FORM_OF_THESIS if thesis else BEST}: {pair.ours['label'].iloc[0]}",
                 "less": str(pair.others["label"].iloc[0]),
                 "pairs": str(pair.difference("test_accuracy").pairs),
             }
@@ -409,30 +422,27 @@ def summarise_differences(setting: Setting) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def _device(setting: Setting) -> str:
-    return str(setting.runs["device_name"].astype(str).mode()[0])
-
-
 def _verdict(pairs: Sequence[Comparison], measure: str) -> str:
-    """Return what PermAVG of one M is better and worse than, and what no difference is shown from, by paired intervals."""
+    """Return what PermAVG is better and worse than, and of how many networks, by paired intervals."""
     order = ("better than", "worse than", "no difference is shown from", "too few seeds to tell from")
-    kinds: dict[str, list[str]] = {kind: [] for kind in order}
+    kinds: dict[str, dict[str, list[int]]] = {kind: {} for kind in order}
     for pair in pairs:
         found = pair.difference(measure)
         kind = "no difference is shown from" if np.isfinite(found.half) else "too few seeds to tell from"
         if found.shown:
             kind = "better than" if in_favour(found, measure) else "worse than"
-        kinds[kind].append(ARMS[str(pair.others["arm"].iloc[0])].label)  # the table has its rate
-    return "; ".join(f"{kind} {listed(words)}" for kind, words in kinds.items() if words)
-
-
-def _short(found: Difference, measure: str) -> str:
-    """Return `+0.11 points, -0.12 to +0.34`."""
-    if not found.pairs:
-        return difference_in_words(found, measure)
-    mean, _, interval = difference_in_words(found, measure).partition(" (")
-    unit = MEASURES[measure].unit.replace("%", "points")
-    return f"{mean} {unit}" + (f", {interval.removesuffix(')')}" if np.isfinite(found.half) else "")
+        kinds[kind].setdefault(OTHERS[pair.other], []).append(pair.size)
+    every = sorted({pair.size for pair in pairs})
+    words = []
+    for kind, methods in kinds.items():
+        alike: dict[str, list[str]] = {}
+        for method, sizes in methods.items():
+            of = "" if sizes == every else f" (of {listed([str(size) for size in sizes])} networks)"
+            alike.setdefault(of, []).append(method)
+        verb, _, preposition = kind.rpartition(" ")
+        if parts := [f"{preposition} {listed(some)}{of}" for of, some in sorted(alike.items())]:
+            words.append(f"{verb} {', '.join(parts)}")
+    return "; ".join(words)
 
 
 def _sentences(setting: Setting, df: pd.DataFrame) -> list[str]:
@@ -456,15 +466,9 @@ def _sentences(setting: Setting, df: pd.DataFrame) -> list[str]:
     if rates := _rates(every):
         lines.append(rates.strip().replace("is drawn", "is told"))
     lines += _rate_sentences(setting, size)
-    verdicts = [line for thesis in (False, True) for line in _verdicts(setting, size, thesis)]
-    if verdicts:
-        lines.append(
-            "PermAVG is compared with each method over paired seeds, by 95 % intervals (t), of several configurations with "
-            "the one that is best on validation."
-        )
-    lines += verdicts
     return [
         *lines,
+        *_verdicts(setting),
         *_projection_sentence(setting, size),
         *_barrier_sentence(df, setting),
         *_network_sentence(setting, size),
@@ -481,7 +485,7 @@ def _rate_sentences(setting: Setting, size: int) -> list[str]:
         chosen, rates = _best(tried).iloc[0], sorted(set(tried["extra_learning_rate"]))
         rate = chosen["extra_learning_rate"]
         told = f", {TOLD['extra_learning_rate']} {number(rate)}"
-        words = f"{chosen['label'].replace(' (thesis)', '').replace(told, '')} at {number(rate)}"
+        words = f"{chosen['label'].replace(told, '')} at {number(rate)}"
         if len(rates) == 1:
             only.append(words)
         elif rate in (rates[0], rates[-1]):
@@ -500,45 +504,61 @@ def _epochs_of(fields: dict[str, Any]) -> str:
     return f" of {fields['epochs']} epoch{'s' if fields['epochs'] > 1 else ''}"
 
 
-def _verdicts(setting: Setting, size: int, thesis: bool) -> list[str]:
-    every = comparisons(setting, thesis)
-    pairs = [pair for pair in every if pair.size == size]
-    if not pairs:
+def _verdicts(setting: Setting) -> list[str]:
+    best, thesis = comparisons(setting), comparisons(setting, thesis=True)
+    if not best:
         return []
-    ours = pairs[0].ours
-    name, candidates, epochs = (ours[column].iloc[0] for column in ("label", "candidates", "extra_epochs"))
-    if not thesis:
-        name += f", best of {candidates} configurations on validation" if candidates > 1 else ""
-    head = f"{name}, of {size} networks, at equal extra epochs ({epochs:g})"
+    several = len({pair.size for pair in best}) > 1
     lines = [
-        f"{head}, test {word}: {_verdict(pairs, name)}."
-        for name, word in zip(COMPARED, ("accuracy", "NLL"), strict=True)
+        "PermAVG is compared with each method by paired differences over seeds and their 95 % intervals (t), at equal "
+        f"extra epochs. Of a method with several configurations the one is taken that is {BEST}; of PermAVG it is "
+        f"{_which(best)}." + " Where no number of networks is named, all are meant." * several
     ]
-    differences = [(pair.difference(measure), measure) for measure in COMPARED for pair in every]
-    known = sum(bool(np.isfinite(found.half)) for found, _ in differences)
-    if not known:
-        return [
-            *lines,
-            "No interval is known: fewer than three seeds are in common, and none can be said to be better.",
-        ]
-    shown = sum(found.shown for found, _ in differences)
-    better = sum(in_favour(found, measure) for found, measure in differences)
-    sizes = listed([str(one) for one in sorted({pair.size for pair in every})])
-    lines.append(
-        f"Of {sizes} networks, in accuracy and NLL together, {shown} of {known} such intervals leave 0 out, {better} in its "
-        f"favour, where {0.05 * known:.1f} would be expected of no difference at all."
-    )
+    for pairs, form in ((best, f"as it is {BEST}"), (thesis, FORM_OF_THESIS)):
+        for measure, word in zip(COMPARED, ("accuracy", "NLL"), strict=True):
+            if pairs:
+                lines.append(f"PermAVG {form}, test {word}: {_verdict(pairs, measure)}.")
+        if pairs is best:
+            lines.append(_tally(best))
     return lines
+
+
+def _tally(pairs: Sequence[Comparison]) -> str:
+    found = [(pair.difference(measure), measure) for measure in COMPARED for pair in pairs]
+    known = sum(bool(np.isfinite(one.half)) for one, _ in found)
+    if not known:
+        return "No interval is known: fewer than three seeds are in common, and none can be said to be better."
+    shown = sum(one.shown for one, _ in found)
+    better = sum(in_favour(one, measure) for one, measure in found)
+    return (
+        f"Of these {known} intervals of accuracy and NLL {shown} leave 0 out, {better} in favour of PermAVG; with no true "
+        f"difference {0.05 * known:.1f} would."
+    )
+
+
+def _which(pairs: Sequence[Comparison]) -> str:
+    """Return which configuration of PermAVG is compared, of each number of networks."""
+    ours = {pair.size: pair.ours.iloc[0] for pair in pairs}
+    labels = {
+        size: f"{run['label']}" + f", best of {run['candidates']}" * int(run["candidates"] > 1)
+        for size, run in ours.items()
+    }
+    if len(labels) == 1:
+        return next(iter(labels.values()))
+    return "; ".join(f"of {size} networks {label}" for size, label in sorted(labels.items()))
 
 
 def _projection_sentence(setting: Setting, size: int) -> list[str]:
     words = []
     for before, after in _projections(setting, size):
         found = difference(after, before, "test_accuracy")
-        words.append(f"{before['label'].iloc[0]} {_short(found, 'test_accuracy')}")
+        words.append(f"{before['label'].iloc[0]} {difference_in_words(found, 'test_accuracy')}")
     if not words:
         return []
-    return [f"Projected to permutations, nothing trained after, less as learned, test accuracy: {'; '.join(words)}."]
+    return [
+        "With the nearest permutation in the place of each learned matrix, and nothing trained after, test accuracy changes "
+        f"by, in points: {'; '.join(words)}."
+    ]
 
 
 def _projections(setting: Setting, size: int) -> list[tuple[pd.DataFrame, pd.DataFrame]]:
@@ -571,11 +591,11 @@ def _network_sentence(setting: Setting, size: int) -> list[str]:
     pairs = [pair for pair in comparisons(setting) if pair.size == size]
     if not pairs:
         return []
-    ours, device = pairs[0].ours, _device(setting)
+    ours, device = pairs[0].ours, main_device(setting.runs)
     by = {pair.other: pair.others for pair in pairs}
     ensemble = by.get("deep_ensemble", ours.iloc[:0])
     shares = [
-        f"{ours['parameters'].iloc[0] / by[method]['parameters'].iloc[0]:.3g} times those of {name}"
+        f"{_times_as_many(ours['parameters'].iloc[0] / by[method]['parameters'].iloc[0])} {name}"
         for method, name in (("single", "one plain network"), ("deep_ensemble", "the deep ensemble"))
         if method in by
     ]
@@ -586,13 +606,18 @@ def _network_sentence(setting: Setting, size: int) -> list[str]:
     ]
     plain = ours.loc[ours["device_name"].astype(str) == device, "relative_speed"].dropna()
     speeds = [(plain, "a plain network"), (relative_speed(ours, ensemble, device), "the deep ensemble")]
-    if words := [
-        f"{with_spread(times, RATIO, unit=False)} times those of {name}" for times, name in speeds if len(times)
-    ]:
+    # the median: what else the machine did while one run was timed is in the mean, and not in that
+    words = [f"{times.median():.2f} times as fast as {name} (n = {len(times)})" for times, name in speeds if len(times)]
+    if words:
         lines.append(
-            f"Its images per second in inference are {listed(words)}; each was timed in turn with a plain network ({device})."
+            f"In inference it is {listed(words)}: medians over seeds of images per second, each timed in turn with a plain "
+            f"network ({device})."
         )
     return lines
+
+
+def _times_as_many(ratio: float) -> str:
+    return "as many as" if ratio == 1 else f"{ratio:.3g} times as many as"
 
 
 def relative_speed(ours: pd.DataFrame, others: pd.DataFrame, device: str) -> pd.Series:
@@ -637,98 +662,19 @@ def _n_of(runs: pd.DataFrame) -> str:
     return counted(runs.groupby([*CELL, "form"], dropna=False)["seed"].nunique())
 
 
-def _dots(n: Sequence[int], what: str = "seed") -> str:
-    """Return what dots and diamonds are, of so many seeds: no interval is promised where none is known."""
-    interval = " with its 95 % interval by Student's t" if max(n) >= 3 else ""
-    none = f"; no interval is drawn of fewer than 3 {what}s" if min(n) < 3 else ""
-    return f"Dots are seeds, diamonds their mean{interval}, {counted(n).replace('seed', what)}{none}; {AT_THE_EDGE}"
-
-
 # --- from numbers to pictures -----------------------------------------------------------------------------------------
-
-
-class Row(NamedTuple):
-    """What stands in a row: values of seeds, how they look, and their mean with its interval."""
-
-    values: pd.Series
-    look: Look
-    found: Difference
-
-
-def span_of(parts: Sequence[tuple[float, float, float]], zero: bool = False) -> tuple[float, float]:
-    """Return the ends of an axis for (mean, lowest, highest): of all, but for what lies far from the rest of them.
-
-    From the half that is nearest to the median, and 0 if it must be seen, outwards, until the axis would be LEAVING times as
-    long as these need.
-    """
-    middle = np.median([mean for mean, _, _ in parts])
-    near = sorted(parts, key=lambda part: abs(part[0] - middle))
-    half = near[: max(3, -(-len(near) // 2))]
-    seen = [0.0] if zero else []
-    low, high = min([*seen, *(part[1] for part in half)]), max([*seen, *(part[2] for part in half)])
-    longest = LEAVING * (high - low)
-    for _, least, most in near[len(half) :]:
-        if max(high, most) - min(low, least) > longest:
-            break
-        low, high = min(low, least), max(high, most)
-    return _padded([low, high])
-
-
-def _padded(values: Iterable[float]) -> tuple[float, float]:
-    low, high = float(min(values := list(values))), float(max(values))
-    pad = 0.05 * (high - low) or 0.5
-    return low - pad, high + pad
-
-
-def draw_rows(rows: Sequence[tuple[str, Row | None]], ax: Axes, *, measure: str, zero: bool = False) -> Axes:
-    """Draw rows from above, headings (None) among them: dots are seeds, a diamond their mean and 95 % interval.
-
-    A row that lies far from the rest, or of which a part would be cut off, is written at the edge. `zero`: 0 is on the axis.
-    """
-    there = [(at, row) for at, (_, row) in enumerate(rows) if row is not None and len(row.values)]
-
-    def ends(row: Row) -> tuple[float, float, float]:
-        half = row.found.half if np.isfinite(row.found.half) else 0.0
-        mean = row.found.mean
-        return mean, min(mean - half, row.values.min()), max(mean + half, row.values.max())
-
-    low, high = span_of([ends(row) for _, row in there], zero) if there else (-1, 1)
-    for at, row in there:
-        mean, least, most = ends(row)
-        if low <= least and most <= high:
-            draw_strip(ax, at, row.values, row.found, row.look)
-            continue
-        left = mean < (low + high) / 2
-        words = with_spread(row.values, MEASURES[measure], unit=False).replace("-", MINUS)
-        ax.text(
-            0.01 if left else 0.99,
-            at,
-            f"\N{LEFTWARDS ARROW} {words}" if left else f"{words} \N{RIGHTWARDS ARROW}",
-            transform=ax.get_yaxis_transform(),
-            ha="left" if left else "right",
-            va="center",
-            fontsize=6.5,
-            color=INK,
-            bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.6},
-        )
-    ax.set_xlim(low, high)
-    return label_rows(ax, [(label, row is None) for label, row in rows])
 
 
 def draw_methods(every: Sequence[Cell], ax: Axes, *, measure: str) -> Axes:
     """Draw a row for each cell, in groups; dashed through all: the mean of the best single network and the deep ensemble."""
-    rows: list[tuple[str, Row | None]] = []
-    for title, some in _groups(every):
-        rows.append((title, None))
-        for cell in some:
-            values = cell.runs.sort_values("seed")[measure].dropna()
-            label = cell.label.removesuffix(FORMS[cell.form])
-            rows.append((label, Row(values, cell.look, interval_of(values))))
-    draw_rows(rows, ax, measure=measure)
+    groups = {
+        title: [(cell.label.removesuffix(FORMS[cell.form]), row_of(cell.runs, measure, cell.look)) for cell in some]
+        for title, some in _groups(every)
+    }
+    draw_rows(groups, ax, measure=measure)
     for cell in every:
         if cell.arm in REFERENCES and cell.runs["ensemble_size"].iloc[0] > 1:
             ax.axvline(cell.runs[measure].mean(), color=cell.look.colour, lw=0.8, ls=DASHED, zorder=1)
-    ax.set_xlabel(MEASURES[measure].label)
     return ax
 
 
@@ -757,19 +703,11 @@ def _groups(every: Sequence[Cell]) -> list[tuple[str, list[Cell]]]:
 
 def draw_differences(pairs: Sequence[Comparison], ax: Axes, *, measure: str) -> Axes:
     """Draw paired differences of PermAVG, under a heading for what is taken off, a row for each number of networks."""
-    rows: list[tuple[str, Row | None]] = []
-    for other in dict.fromkeys(pair.other for pair in pairs):
-        rows.append((f"less {OTHERS[other]}", None))
-        for pair in pairs:
-            if pair.other == other:
-                each = (pair.ours.set_index("seed")[measure] - pair.others.set_index("seed")[measure]).dropna()
-                row = Row(each.sort_index(), pair.look, pair.difference(measure))
-                rows.append((f"{pair.size} networks", row))
-    draw_rows(rows, ax, measure=measure, zero=True)
-    ax.axvline(0, color=GREY, lw=0.8, zorder=1)
-    ax.set_xlabel(f"difference of {MEASURES[measure].label.replace('%', 'points')}")
-    ax.xaxis.set_major_locator(MaxNLocator(5))
-    return ax
+    groups: dict[str, list[tuple[str, Row]]] = {}
+    for pair in pairs:
+        row = row_of_difference(pair.ours, pair.others, measure, pair.look)
+        groups.setdefault(f"less {OTHERS[pair.other]}", []).append((f"{pair.size} networks", row))
+    return draw_rows(groups, ax, measure=measure, differences=True)
 
 
 def draw_sizes(runs: pd.DataFrame, ax: Axes, *, measure: str, sizes: Sequence[int], arms: Sequence[str]) -> Axes:
@@ -827,15 +765,18 @@ def norm_of_matrix(values: np.ndarray) -> tuple[Normalize, str]:
 
 
 def draw_cost(every: Sequence[Cell], ax: Axes, *, x: str, y: str) -> Axes:
-    """Draw a measure against a cost, logarithmic: small dots are runs, large ones the means of cells."""
+    """Draw a measure against a cost, logarithmic: small dots are runs, large ones cells, at their mean and median cost.
+
+    The median, as what else the machine did while one run was timed is in the mean, and not in that.
+    """
     for cell in reversed(every):
-        look, runs = cell.look, cell.runs.dropna(subset=[x])
+        look, runs = cell.look, cell.runs
         first = cell.arm == "single" and cell.runs["ensemble_size"].iloc[0] == 1
         ax.plot(runs[x], runs[y], look.marker, color=look.colour, ms=2.4, mew=0, alpha=0.5)
         face: dict[str, Any] = {"mfc": "white", "mec": look.colour} if first else {"mec": "white"}
-        ax.plot(runs[x].mean(), runs[y].mean(), look.marker, color=look.colour, ms=6, mew=0.7, zorder=3, **face)
+        ax.plot(runs[x].median(), runs[y].mean(), look.marker, color=look.colour, ms=6, mew=0.7, zorder=3, **face)
     in_view = [cell.runs[y] for cell in every if cell.arm not in UNTRAINED] or [cell.runs[y] for cell in every]
-    ax.set_ylim(_padded(pd.concat(in_view)))
+    ax.set_ylim(padded(pd.concat(in_view)))
     ax.set_xlabel(OWN[x].label)
     ax.set_ylabel(MEASURES[y].label)
     logarithmic(ax)
@@ -884,7 +825,7 @@ def findings(df: pd.DataFrame) -> dict[str, Finding]:
         mine = df[df["run_id"].isin(set(setting.runs["run_id"]))]
         tables = [
             "Mean ± standard deviation over seeds (of one seed no spread is known), by the number of networks, M; seconds are "
-            f"of {_device(setting)}.\n\n" + markdown(summarise_cells(setting))
+            f"of {main_device(setting.runs)}.\n\n" + markdown(summarise_cells(setting))
         ]
         pairs = summarise_differences(setting)
         note = f"PermAVG and what it is compared with are chosen {ON_VALIDATION}."
@@ -893,15 +834,18 @@ def findings(df: pd.DataFrame) -> dict[str, Finding]:
         of_main_size = pairs[pairs["networks"] == str(main_size(setting))] if len(pairs) else pairs
         tables += paired_table(pairs, note)
         made = provenance(setting.runs, describe(setting))
-        found[setting.name] = Finding(
-            _sentences(setting, mine), "\n\n".join(tables), made, "".join(paired_table(of_main_size, note))
-        )
+        by_size = summarise_sizes(setting)
+        shown = [
+            f"Final test accuracy (%) by number of networks, M.{_chosen(best_of_arms(setting))}\n\n{markdown(by_size)}"
+        ]
+        shown = (shown if len(by_size.columns) > 2 else []) + paired_table(of_main_size, note)
+        found[setting.name] = Finding(_sentences(setting, mine), "\n\n".join(tables), made, "\n\n".join(shown))
     return found
 
 
 def _chosen(runs: pd.DataFrame) -> str:
     """Return that there was a choice, where there was one."""
-    chosen = f" Of an arm with several configurations the best is drawn, {ON_VALIDATION}."
+    chosen = f" Of a method with several configurations the best is taken, {ON_VALIDATION}."
     return chosen if (runs["candidates"] > 1).any() else ""
 
 
@@ -946,11 +890,10 @@ def _method_figure(setting: Setting, df: pd.DataFrame) -> Figures:
     figure = new_figure(TEXT_WIDTH, 0.19 * lines + 0.6)
     for ax, measure in zip(figure.subplots(1, 3, sharey=True), measures, strict=True):
         draw_methods(every, ax, measure=measure)
-        ax.xaxis.set_major_locator(MaxNLocator(4))
     yield (
         "methods",
         f"What is made of {size} networks: final test accuracy, NLL, and ECE in 15 bins. The best single network is so "
-        f"on validation. {_dots(_seeds(every))}. Dashed: the means of the best single network (black) and of the "
+        f"on validation. {dots_of(_seeds(every))}. Dashed: the means of the best single network (black) and of the "
         f"deep ensemble (orange).{_rates(every)}",
         figure,
     )
@@ -968,15 +911,13 @@ def _difference_figures(setting: Setting, df: pd.DataFrame) -> Figures:
         n = [pair.difference("test_accuracy").pairs for pair in pairs]
         intervals = sum(np.isfinite(pair.difference(measure).half) for pair in pairs for measure in COMPARED)
         corrected = f" None of the {intervals} intervals is corrected for their number." if intervals else ""
-        by_size = {pair.size: str(pair.ours["label"].iloc[0]) for pair in pairs}
-        which = "; ".join(f"of {size} networks {label}" for size, label in sorted(by_size.items()))
-        what = "as in the thesis" if thesis else f"as it is best on validation ({which})"
+        what = f"{FORM_OF_THESIS if thesis else f'as it is {BEST}'} ({_which(pairs)})"
         yield (
             "differences_thesis" if thesis else "differences",
             f"Paired differences over seeds of final test accuracy (left; right of 0 PermAVG is better) and NLL (right; left "
             f"of 0 it is better): PermAVG {what} less what the heading says, of several configurations the best on validation, "
             "those that train for as many extra epochs, the longer single network for those of PermAVG and all its networks. "
-            f"{_dots(n, 'paired seed')}.{corrected}",
+            f"{dots_of(n, 'paired seed')}.{corrected}",
             figure,
         )
 
@@ -996,19 +937,16 @@ def _projection_figure(setting: Setting, df: pd.DataFrame) -> Figures:
     rows += [("nothing learned", beside)] if beside else []
     figure = new_figure(TEXT_WIDTH, 0.19 * sum(1 + len(some) for _, some in rows) + 0.6)
     for ax, measure in zip(figure.subplots(1, 2, sharey=True), COMPARED, strict=True):
-        strips: list[tuple[str, Row | None]] = []
-        for title, some in rows:
-            strips.append((title, None))
-            for cell in some:
-                values = cell.runs.sort_values("seed")[measure].dropna()
-                strips.append((cell.label, Row(values, cell.look, interval_of(values))))
-        draw_rows(strips, ax, measure=measure)
-        ax.set_xlabel(MEASURES[measure].label)
+        draw_rows(
+            {title: [(cell.label, row_of(cell.runs, measure, cell.look)) for cell in some] for title, some in rows},
+            ax,
+            measure=measure,
+        )
     shown = [*(Cell("", runs) for pair in pairs for runs in pair), *beside]
     yield (
         "projection",
         f"PermAVG of {size} networks with its matrices as learned, and with the permutation nearest to each in its place and "
-        f"nothing trained after: final test accuracy (left) and NLL (right). {_dots(_seeds(shown))}."
+        f"nothing trained after: final test accuracy (left) and NLL (right). {dots_of(_seeds(shown))}."
         f"{_rates(shown)}",
         figure,
     )
@@ -1066,7 +1004,7 @@ def _matrix_figures(setting: Setting, df: pd.DataFrame) -> Figures:
             f"A learned matrix of {size} networks: member 1, first hidden layer, seed 0, the first {units} {TIMES} {units} "
             "entries, as learned (above) and with its columns in the order of the nearest permutation (below), where a "
             f"permutation would be the diagonal. Scales are logarithmic, below 0.0001 all is dark; those of free mixing have a "
-            f"sign, and are linear up to 0.01.{_row_error(df)}",
+            f"sign, and are linear up to 0.01.{_row_error(df[df['run_id'].isin(set(first['run_id']))])}",
             figure,
         )
     matrices = summarise_matrices(df).merge(runs, on="run_id")
@@ -1080,8 +1018,8 @@ def _row_error(df: pd.DataFrame) -> str:
     if errors.empty:
         return ""
     return (
-        " Columns of PermAVG's matrices sum to 1 and rows nearly: of all in this setting, the largest error of a row's sum is "
-        f"{errors.max():.2g}."
+        " Columns of PermAVG's matrices sum to 1; of these runs, in all their members and layers, a row's sum is at most "
+        f"{errors.max():.2g} away from it."
     )
 
 
@@ -1125,7 +1063,7 @@ def _matrix_summary(matrices: pd.DataFrame) -> tuple[str, str, Figure]:
 
 
 def _cost_figure(setting: Setting, df: pd.DataFrame) -> Figures:
-    size, device = main_size(setting), _device(setting)
+    size, device = main_size(setting), main_device(setting.runs)
     every = [
         cell._replace(runs=cell.runs[cell.runs["device_name"].astype(str) == device]) for cell in cells(setting, size)
     ]
@@ -1145,13 +1083,13 @@ def _cost_figure(setting: Setting, df: pd.DataFrame) -> Figures:
     }
     there = {cell.arm for cell in every}
     _legend(figure, [look for arm, look in ARMS.items() if arm in there], lines=False)
-    left_out = "; runs on other devices are left out" if setting.runs["device_name"].nunique() > 1 else ""
     yield (
         "cost",
         f"Final test accuracy of what is made of {size} networks against {', and against '.join(costs[x] for x in axes_of)}; "
-        "logarithmic. The open circle is the first network alone. Small dots are runs, large ones means over seeds, "
-        f"{_n(every)}. Averages that nothing was trained of may lie below what is in view; the table has them. Measured on "
-        f"{device}{left_out}; what else that machine did meanwhile is not known.{_rates(every)}",
+        "logarithmic. The open circle is the first network alone. Small dots are runs, large ones means over seeds at the "
+        "median cost, "
+        f"{_n(every)}; not all runs timed inference. Averages that nothing was trained of may lie below what is in view; the "
+        f"table has them. {measured_on(setting.runs, [*CELL, 'form'])}{_rates(every)}",
         figure,
     )
 
@@ -1198,7 +1136,7 @@ def _training_figure(setting: Setting, df: pd.DataFrame) -> Figures:
                 if np.isfinite(reference):
                     ax.axhline(reference, color=ARMS[arm].colour, lw=0.8, ls=DASHED, zorder=1)
                     ends.append(reference)
-            ax.set_ylim(_padded(ends))
+            ax.set_ylim(padded(ends))
             ax.set_xlabel("epoch of extra training" if measure == measures[1] else "")
             ax.set_title(title if measure == measures[0] else "")
             ax.set_ylabel(MEASURES[measure].label if title == next(iter(panels)) else "")

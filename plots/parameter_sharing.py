@@ -16,7 +16,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Rectangle
-from matplotlib.ticker import FuncFormatter, MaxNLocator
+from matplotlib.ticker import FuncFormatter, LogLocator
 
 from plots.figure import (
     DASHED,
@@ -38,18 +38,24 @@ from plots.image_runs import (
     COUNTED,
     GREY,
     RELIABILITY,
+    Row,
     Setting,
     curves_of,
     differences_in_words,
+    dots_of,
     draw_curves,
-    draw_strip,
+    draw_rows,
     in_words,
-    label_rows,
+    legend,
     logarithmic,
     logarithmic_losses,
+    main_device,
+    measured_on,
     paired_table,
     provenance,
     reliability_diagrams,
+    row_of,
+    row_of_difference,
     setting_names,
     summarise_epochs,
     summarise_reliability,
@@ -57,7 +63,7 @@ from plots.image_runs import (
     two_members,
 )
 from plots.image_runs import summarise_runs as summarise_image_runs
-from plots.statistics import difference, interval_of
+from plots.statistics import Difference, difference
 
 SETTING = [
     "dataset", "model", "batchnorm", "ensemble_size", "optimizer", "learning_rate", "weight_decay", "momentum",
@@ -76,8 +82,13 @@ ARMS = {
     "whole": Look("tied whole", "#009E73", "^"),
     "scaled": Look("tied, each use scaled", "#56B4E9", "v"),
     "part": Look("tied in part", "#E69F00", "P"),
-    "same_size": Look("plain network of the tied one's size", "#7f7f7f", "X"),
+    "same_size": Look("plain network of the tied one's size", "#555555", "X"),
 }
+HOW = (
+    "Tied layers hold one weight. A name says which are tied (early, deep, or all but the head) and how: whole; scaled, each "
+    "use with factors of its own; in part; or same size, a plain network in which nothing is tied, with as many parameters as "
+    "when these layers are tied whole."
+)
 # of the layers that are tied: in a line's colour and its dashes
 OPTIONS = {
     "single": LOOKS["single"],
@@ -204,12 +215,24 @@ class Comparison(NamedTuple):
     ours: Cell
     other: Cell
 
+    @property
+    def plain(self) -> bool:
+        """Whether nothing is tied in the first: it only is as large as what is."""
+        return self.ours.arm == "same_size"
+
+    @property
+    def against(self) -> str:
+        return self.kind.rpartition("less ")[2]
+
+    def difference(self, measure: str) -> Difference:
+        return difference(self.ours.runs, self.other.runs, measure)
+
 
 def comparisons(every: Sequence[Cell], regime: str) -> list[Comparison]:
     """Return what is compared with what in a regime, or for "" of the references.
 
     A cell with the network or ensemble in which nothing is tied, and with a plain network of its size; one that is scaled or
-    tied in part with the one that ties the same layers whole.
+    tied in part with the one that ties the same layers whole. That plain network, which ties nothing, is of a kind of its own.
     """
     references = {cell.arm: cell for cell in every if cell.arm in LOOKS}
     mine = [cell for cell in every if cell.regime == regime]
@@ -224,10 +247,11 @@ def comparisons(every: Sequence[Cell], regime: str) -> list[Comparison]:
         ]
     found = []
     untied = references.get("single" if regime == "within" else "deep_ensemble")
+    tied, plains = ([cell for cell in mine if (cell.arm == "same_size") == plain] for plain in (False, True))
     if untied:
-        found = [Comparison(f"less {untied.label}", cell.label, cell, untied) for cell in mine]
-    tied = [cell for cell in mine if cell.arm != "same_size"]
-    for plain in (cell for cell in mine if cell.arm == "same_size"):
+        found = [Comparison(f"less {untied.label}", cell.label, cell, untied) for cell in tied]
+        found += [Comparison(f"plain network, less {untied.label}", cell.label, cell, untied) for cell in plains]
+    for plain in plains:
         alike = ["intensity", "ties", "fraction", "alpha_init", "gamma_init"]
         found += [
             Comparison(f"less {SAME_SIZE}", cell.label, cell, plain) for cell in tied if _equal(cell, plain, alike)
@@ -246,11 +270,12 @@ def _equal(ours: Cell, other: Cell, names: Sequence[str]) -> bool:
 
 
 def summarise_cells(setting: Setting) -> pd.DataFrame:
-    """Return, as text, seeds, parameters and every measure of each cell."""
-    rows = []
-    for cell in cells(setting):
+    """Return, as text, seeds, parameters and every measure of each cell; seconds are of one device."""
+    runs, rows = setting.runs, []
+    seconds = runs["seconds"].where(runs["device_name"].astype(str) == main_device(runs))
+    for cell in cells(setting._replace(runs=runs.assign(seconds=seconds))):
         row = {
-            "tied": REGIMES.get(cell.regime, "nothing") if cell.arm != "batchensemble" else "rank 1",
+            "tied": _tied(cell),
             "cell": cell.label,
             "seeds": str(len(cell.runs)),
             "parameters": f"{cell.runs['parameters'].iloc[0]:,.0f}",
@@ -259,16 +284,22 @@ def summarise_cells(setting: Setting) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
+def _tied(cell: Cell) -> str:
+    if cell.arm == "batchensemble":
+        return "weights, with rank-1 factors"
+    return (
+        f"nothing (sized as {REGIMES[cell.regime]})" if cell.arm == "same_size" else REGIMES.get(cell.regime, "nothing")
+    )
+
+
 def summarise_differences(setting: Setting, measures: Sequence[str] = ("test_accuracy", "test_nll")) -> pd.DataFrame:
     """Return, as text, every paired difference with its 95 % interval; bold where that leaves 0 out."""
     rows = []
     every = cells(setting)
     for regime in ("", *REGIMES):
-        for kind, label, ours, other in comparisons(every, regime):
-            row = {"tied": REGIMES.get(regime, ""), "cell": label, "compared with": kind.removeprefix("less ")}
-            rows.append(
-                row | differences_in_words({name: difference(ours.runs, other.runs, name) for name in measures})
-            )
+        for pair in comparisons(every, regime):
+            row = {"tied": _tied(pair.ours) if regime else "", "cell": pair.label, "compared with": pair.against}
+            rows.append(row | differences_in_words({name: pair.difference(name) for name in measures}))
     return pd.DataFrame(rows)
 
 
@@ -281,41 +312,28 @@ def summarise_weights(df: pd.DataFrame) -> pd.DataFrame:
 
 
 def draw_cells(every: Sequence[Cell], ax: Axes, *, measure: str) -> Axes:
-    """Draw a row for each cell, under a heading for each regime: dots are seeds, a diamond their mean and 95 % interval.
+    """Draw a row for each cell, under a heading for each regime.
 
     Dashed, through all rows: the mean of the single network and of the deep ensemble.
     """
-    rows: list[tuple[str, Cell | None]] = []
-    for regime, title in {"": "references", **REGIMES}.items():
-        mine = [cell for cell in every if cell.regime == regime]
-        rows += [(title, None), *((cell.label, cell) for cell in mine)] if mine else []
-    for at, (_, cell) in enumerate(rows):
-        if cell is not None and cell.runs[measure].notna().any():
-            values = cell.runs.sort_values("seed")[measure]
-            draw_strip(ax, at, values, interval_of(values), ARMS[cell.arm])
+    groups: dict[str, list[tuple[str, Row]]] = {}
+    for cell in every:
+        row = row_of(cell.runs, measure, ARMS[cell.arm])
+        groups.setdefault(REGIMES.get(cell.regime, "references"), []).append((cell.label, row))
+    draw_rows(groups, ax, measure=measure)
     for cell in every:
         if cell.arm in ("single", "deep_ensemble") and cell.runs[measure].notna().any():
             ax.axvline(cell.runs[measure].mean(), color=ARMS[cell.arm].colour, lw=0.8, ls=DASHED, zorder=1)
-    ax.set_xlabel(MEASURES[measure].label)
-    return label_rows(ax, [(label, cell is None) for label, cell in rows])
+    return ax
 
 
 def draw_differences(pairs: Sequence[Comparison], ax: Axes, *, measure: str) -> Axes:
-    """Draw paired differences, those of a kind under one heading: dots are seeds, a diamond their mean and 95 % interval."""
-    rows: list[tuple[str, Comparison | None]] = []
-    for kind in dict.fromkeys(pair.kind for pair in pairs):
-        rows += [(kind, None), *((pair.label, pair) for pair in pairs if pair.kind == kind)]
-    for at, (_, pair) in enumerate(rows):
-        if pair is None:
-            continue
-        ours, other = pair.ours.runs, pair.other.runs
-        each = (ours.set_index("seed")[measure] - other.set_index("seed")[measure]).dropna()
-        if len(each):
-            draw_strip(ax, at, each, difference(ours, other, measure), ARMS[pair.ours.arm])
-    ax.axvline(0, color=GREY, lw=0.8, zorder=1)
-    ax.set_xlabel(f"difference of {MEASURES[measure].label.replace('%', 'points')}")
-    ax.xaxis.set_major_locator(MaxNLocator(5))
-    return label_rows(ax, [(label, pair is None) for label, pair in rows])
+    """Draw a row for each pair, those of a kind under one heading."""
+    groups: dict[str, list[tuple[str, Row]]] = {}
+    for pair in pairs:
+        row = row_of_difference(pair.ours.runs, pair.other.runs, measure, ARMS[pair.ours.arm])
+        groups.setdefault(pair.kind, []).append((pair.label, row))
+    return draw_rows(groups, ax, measure=measure, differences=True)
 
 
 def draw_against(runs: pd.DataFrame, ax: Axes, *, x: str, y: str) -> Axes:
@@ -401,8 +419,9 @@ def findings(df: pd.DataFrame) -> dict[str, Finding]:
     found = {}
     for setting in settings(df):
         tables = [
-            "Mean ± standard deviation over seeds (of one seed no spread is known). Nothing was selected; the learning rate is "
-            "the same for all.\n\n" + markdown(summarise_cells(setting))
+            "Mean ± standard deviation over seeds; one seed has no spread. Nothing was selected; the learning rate is the same "
+            f"for all. Training time is without validation. {measured_on(setting.runs, CELL)}\n\n"
+            + markdown(summarise_cells(setting))
         ]
         differences = paired_table(summarise_differences(setting))
         made = provenance(setting.runs, describe(setting))
@@ -420,15 +439,24 @@ def describe(setting: Setting) -> str:
     part = sorted(runs["fraction"].dropna().unique())
     shares = f", {listed([f'{100 * share:g} %' for share in part])} of outputs where part is tied" if part else ""
     return (
-        f"{f['dataset']} ({', '.join(sources)}), {f['model']}, {f['epochs']} epochs, batches of {f['batch_size']} images"
-        f"{members}{shares}, {f['optimizer']} at learning rate {number(f['learning_rate'])} with momentum "
-        f"{number(f['momentum'])}, weight decay {number(f['weight_decay'])} and {number(f['warmup_epochs'])} warm-up epochs, "
-        f"batchnorm {f['batchnorm']}, augment {f['augment']}, precision {f['precision']}"
+        f"{f['dataset']} ({', '.join(sources)}), {f['model']}, {f['epochs']} epoch{'s' * bool(f['epochs'] != 1)}, batches of "
+        f"{f['batch_size']} images{members}{shares}, {f['optimizer']} at learning rate {number(f['learning_rate'])} with "
+        f"momentum {number(f['momentum'])}, weight decay {number(f['weight_decay'])} and {number(f['warmup_epochs'])} warm-up "
+        f"epoch{'s' * bool(f['warmup_epochs'] != 1)}, batchnorm {f['batchnorm']}, augment {f['augment']}, precision "
+        f"{f['precision']}"
     )
 
 
+def _seeds(runs: pd.DataFrame) -> list[int]:
+    return runs.groupby(CELL, dropna=False)["seed"].nunique().tolist()
+
+
 def _n(runs: pd.DataFrame) -> str:
-    return counted(runs.groupby(CELL, dropna=False)["seed"].nunique())
+    return counted(_seeds(runs))
+
+
+def _timed(runs: pd.DataFrame) -> pd.DataFrame:
+    return runs[runs["device_name"].astype(str) == main_device(runs)]
 
 
 def _sentences(setting: Setting) -> list[str]:
@@ -440,18 +468,16 @@ def _sentences(setting: Setting) -> list[str]:
         values = with_spread(cell.runs["test_accuracy"], accuracy)
         return f"{cell.label} {values} ({size})"
 
-    spread = " ± standard deviation" if setting.runs.groupby(CELL, dropna=False).size().max() > 1 else ""
-    n = _n(setting.runs).removeprefix("n = ")
-    lines = []
-    for regime, title in {"": "Nothing tied, or rank 1", **REGIMES}.items():
-        mine = [cell for cell in every if cell.regime == regime]
-        title = title if not regime else f"Tied {title}"
-        if mine:
-            lines.append(f"{title}: {'; '.join(map(scores, mine))}.")
+    spread = ", mean ± standard deviation" if max(_seeds(setting.runs)) > 1 else ""
+    groups: dict[str, list[Cell]] = {}
+    for cell in every:
+        plain = "Plain network as large as what is tied" if cell.arm == "same_size" else "Tied"
+        groups.setdefault(f"{plain} {REGIMES[cell.regime]}" if cell.regime else "References", []).append(cell)
+    lines = [f"{title}: {'; '.join(map(scores, some))}." for title, some in groups.items()]
     absent = [name for arm, name in (("single", "single network"), ("deep_ensemble", "deep ensemble"))
               if not any(cell.arm == arm for cell in every)]  # fmt: skip
-    epochs = f"{f['epochs']} epoch{'s' if f['epochs'] > 1 else ''}"
-    head = f"{f['dataset']}, {f['model']}, {epochs}, {n}, final test accuracy (mean{spread})."
+    epochs, n = f"{f['epochs']} epoch{'s' if f['epochs'] > 1 else ''}", _n(setting.runs).removeprefix("n = ")
+    head = f"{f['dataset']}, {f['model']}, {epochs}, {n}: final test accuracy{spread}. {HOW}"
     if absent:
         head += f" There is no {listed(absent)} to compare with."
     return [head, *lines, *_verdicts(every)]
@@ -462,13 +488,13 @@ def _verdicts(every: Sequence[Cell]) -> list[str]:
     groups: dict[str, list[Comparison]] = {}
     for regime in ("", *REGIMES):
         for pair in comparisons(every, regime):
-            what = f"tied {REGIMES[regime]}," if regime else pair.label
-            groups.setdefault(f"{what} {pair.kind}", []).append(pair)
+            what = (
+                f"{'plain network as large as what is ' * pair.plain}tied {REGIMES[regime]}," if regime else pair.label
+            )
+            groups.setdefault(f"{what} less {pair.against}", []).append(pair)
     lines = []
     for what, pairs in groups.items():
-        found = {name: [difference(one.ours.runs, one.other.runs, name) for one in pairs]
-                 for name in ("test_accuracy", "test_nll")}  # fmt: skip
-        if words := tally(found):
+        if words := tally({name: [one.difference(name) for one in pairs] for name in ("test_accuracy", "test_nll")}):
             lines.append(f"{what[0].upper()}{what[1:]}: {words}.")
     if not lines:
         return ["No two cells have three seeds in common: no interval is known, and none can be said to be better."]
@@ -495,9 +521,7 @@ def _scheme_figure(setting: Setting, df: pd.DataFrame) -> Figures:
 
 def _against_figures(setting: Setting, df: pd.DataFrame) -> Figures:
     """Accuracy and NLL against parameters and against time, a column for each regime; the references are in all of them."""
-    runs = setting.runs
-    devices = runs["device_name"].astype(str)
-    timed = runs[devices == devices.mode()[0]]
+    runs, timed = setting.runs, _timed(setting.runs)
     what = (
         "Final test accuracy (above) and NLL (below) against {}, logarithmic. Small dots are runs, large ones means over "
         "seeds, {}; of what is tied they are open (early layers), half filled (deep ones) or filled (all but the head). The "
@@ -511,14 +535,9 @@ def _against_figures(setting: Setting, df: pd.DataFrame) -> Figures:
     yield (
         "cost",
         what.format("the seconds of training, without validation", _n(timed))
-        + f"The networks of a deep ensemble count one after another. {_measured_on(devices)}",
+        + f"The networks of a deep ensemble count one after another. {measured_on(runs, CELL)}",
         _grid_of_scatters(timed, "seconds"),
     )
-
-
-def _measured_on(devices: pd.Series) -> str:
-    left_out = "; runs on other devices are left out" if devices.nunique() > 1 else ""
-    return f"Measured on {devices.mode()[0]}{left_out}; what else that machine did meanwhile is not known."
 
 
 def _grid_of_scatters(runs: pd.DataFrame, x: str) -> Figure:
@@ -531,6 +550,8 @@ def _grid_of_scatters(runs: pd.DataFrame, x: str) -> Figure:
             draw_against(runs[~tied | (runs["regime"] == regime)], ax, x=x, y=measure)
             if x == "parameters":
                 ax.xaxis.set_major_formatter(FuncFormatter(_thousands))
+                if runs[x].max() < 10 * runs[x].min():  # 1, 2 and 5 would be two ticks
+                    ax.xaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5)))
             ax.label_outer()
         if regime:
             column[0].set_title(f"tied {REGIMES[regime]}")
@@ -566,12 +587,7 @@ def _legend_of_arms(figure: Figure, runs: pd.DataFrame) -> None:
 def _cell_figures(setting: Setting, df: pd.DataFrame) -> Figures:
     """The original's bars of sharing degree, and of batches a second: dots, means and intervals; calibration and diversity."""
     every = cells(setting)
-    dots = "Dots are seeds, diamonds their mean with its 95 % interval by Student's t"
-    what = (
-        "which layers are tied (early, deep, or all but the head) and how (whole; scaled by factors of each use; in part; same "
-        "size: nothing, a plain network with as many parameters as the whole tie leaves)"
-    )
-    dashed = "dashed: the means of the single network (black) and of the deep ensemble (orange)"
+    dashed = "Dashed: the means of the single network (black) and of the deep ensemble (orange)."
 
     def two(measures: tuple[str, str], shown: Sequence[Cell]) -> Figure:
         headings = 1 + len({cell.regime for cell in shown})
@@ -584,30 +600,26 @@ def _cell_figures(setting: Setting, df: pd.DataFrame) -> Figures:
         ("degree", ("test_accuracy", "test_nll"), "Final test accuracy (left) and NLL (right)"),
         ("calibration", ("test_ece", "test_brier"), "ECE in 15 bins (left) and Brier score (right) on the test set"),
     ):
-        caption = f"{title}, by {what}. {dots}, {_n(setting.runs)}; {dashed}."
-        yield name, caption, two(measures, every)
+        yield name, f"{title}. {HOW} {dots_of(_seeds(setting.runs))}. {dashed}", two(measures, every)
     several = [cell for cell in every if cell.runs["disagreement"].notna().any()]
     if several:
         yield (
             "diversity",
             "Share of test images on which two members disagree (left), and mutual information of prediction and member "
-            f"(right), of all that has members, by {what}. {dots}, {_n(pd.concat([cell.runs for cell in several]))}; "
-            "dashed: the mean of the deep ensemble.",
+            f"(right), of all that has members. {HOW} {dots_of(_seeds(pd.concat([cell.runs for cell in several])))}. "
+            "Dashed: the mean of the deep ensemble.",
             two(("disagreement", "epistemic"), several),
         )
-    devices = setting.runs["device_name"].astype(str)
-    device = devices.mode()[0]
-    timed = [cell._replace(runs=cell.runs[cell.runs["device_name"].astype(str) == device]) for cell in every]
-    timed = [cell for cell in timed if cell.runs["batches_per_second"].notna().any()]
-    if timed:
+    runs = _timed(setting.runs).dropna(subset=["batches_per_second"])
+    if len(runs):
+        timed = cells(setting._replace(runs=runs))
         headings = 1 + len({cell.regime for cell in timed})
         figure = new_figure(0.7 * TEXT_WIDTH, 0.17 * (len(timed) + headings) + 0.6)
-        draw_cells(timed, figure.add_subplot(), measure="batches_per_second").set_xlim(left=0)
+        draw_cells(timed, figure.add_subplot(), measure="batches_per_second")
         yield (
             "throughput",
-            f"Batches of {setting.fields['batch_size']} images in a second of training, each run's median over its epochs, by "
-            f"{what}. Every member sees the whole batch. {dots}, {_n(pd.concat([cell.runs for cell in timed]))}; {dashed}. "
-            f"{_measured_on(devices)}",
+            f"Batches of {setting.fields['batch_size']} images in a second of training, each run's median over its epochs. "
+            f"{HOW} Every member sees the whole batch. {dots_of(_seeds(runs))}. {dashed} {measured_on(setting.runs, CELL)}",
             figure,
         )
 
@@ -624,19 +636,14 @@ def _difference_figures(setting: Setting, df: pd.DataFrame) -> Figures:
         figure = new_figure(TEXT_WIDTH, 0.17 * lines + 0.6)
         for ax, measure in zip(figure.subplots(1, 2, sharey=True), ("test_accuracy", "test_nll"), strict=True):
             draw_differences(pairs, ax, measure=measure)
-        n = counted(len(_common(pair)) for pair in pairs).replace("seed", "paired seed")
+        dots = dots_of([pair.difference("test_accuracy").pairs for pair in pairs], "paired seed")
         yield (
             f"differences_{regime}" if regime else "differences",
             f"Paired differences over seeds of final test accuracy (left; right of 0 is better) and NLL (right; left of 0 is "
-            f"better){', tied ' + REGIMES[regime] if regime else ''}: each row less what its heading says. Dots are seeds, "
-            f"diamonds their mean with its 95 % interval by Student's t, {n}. None of the {2 * len(pairs)} intervals is "
-            "corrected for their number.",
+            f"better){', tied ' + REGIMES[regime] if regime else ''}: each row less what its heading says. {dots}. None of the "
+            f"{2 * len(pairs)} intervals is corrected for their number. {HOW}",
             figure,
         )
-
-
-def _common(pair: Comparison) -> set[int]:
-    return set(pair.ours.runs["seed"]) & set(pair.other.runs["seed"])
 
 
 def _member_figures(setting: Setting, df: pd.DataFrame) -> Figures:
@@ -721,7 +728,7 @@ def _training(panels: dict[str, pd.DataFrame], epochs: pd.DataFrame) -> Figure:
             ax.label_outer()
         logarithmic_losses(column[0])
         column[0].set_title(f"tied {REGIMES[regime]}")
-    _legend_of_options(figure, panels)
+    legend(figure, set(pd.concat(list(panels.values()))["option"]), OPTIONS, lines=OPTIONS)
     return figure
 
 
@@ -733,15 +740,5 @@ def _densities(panels: dict[str, pd.DataFrame], weights: pd.DataFrame) -> Figure
         ax.set(xlabel="weight", ylabel="density", yscale="log")
         ax.label_outer()
     axes[0].set_ylim(bottom=1e-4 * axes[0].get_ylim()[1])
-    _legend_of_options(figure, panels)
+    legend(figure, set(pd.concat(list(panels.values()))["option"]), OPTIONS, lines=OPTIONS)
     return figure
-
-
-def _legend_of_options(figure: Figure, panels: dict[str, pd.DataFrame]) -> None:
-    there = set(pd.concat(list(panels.values()))["option"])
-    handles = [
-        Line2D([], [], color=look.colour, ls=look.line, label=look.label)
-        for option, look in OPTIONS.items()
-        if option in there
-    ]
-    figure.legend(handles=handles, loc="outside upper center", ncols=5, columnspacing=1.2, handlelength=2.6)

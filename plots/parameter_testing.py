@@ -49,6 +49,8 @@ from plots.image_runs import (
     choose,
     compared,
     in_words,
+    main_device,
+    measured_on,
     provenance,
     reliability_diagrams,
     setting_names,
@@ -70,6 +72,7 @@ CONFIG = [*SETTING, *VARIED]
 CELL = ["arm", "size", "alpha_init", "gamma_init", "learning_rate"]
 SAME_MEMBERS = 1e-6  # nats of epistemic uncertainty
 BANDS = 9  # members are drawn for so many cells, of more only for some
+BATCH_ENSEMBLE = "BatchEnsemble of M"
 
 
 # --- from rows to numbers ---------------------------------------------------------------------------------------------
@@ -339,7 +342,7 @@ def planes(runs: pd.DataFrame) -> list[pd.DataFrame]:
 
 def _size_figures(setting: Setting, df: pd.DataFrame) -> Figures:
     """Figures 5 to 14 of the original study, at the alpha and gamma that most sizes and learning rates were run with."""
-    panels = _panels(setting.runs)
+    panels = by_size(setting.runs)
     runs = pd.concat([setting.runs.iloc[:0], *panels.values()])
     sizes, rates = levels_of(runs["size"]), levels_of(runs["learning_rate"])
     if len(sizes) < 2 or max(len(rates), *(panel["size"].nunique() - 1 for panel in panels.values())) < 2:
@@ -394,15 +397,15 @@ def _size_figures(setting: Setting, df: pd.DataFrame) -> Figures:
         )
 
 
-def _panels(runs: pd.DataFrame) -> dict[str, pd.DataFrame]:
-    """Return by title what is drawn against the size M: the three ways to spend M times a single network's training."""
+def by_size(runs: pd.DataFrame) -> dict[str, pd.DataFrame]:
+    """Return by title what is compared over the size M: the three ways to spend M times a single network's training."""
     panels = {}
     fast = runs[runs["arm"] == "batchensemble"]
     pairs = fast.drop_duplicates(CELL).groupby(["alpha_init", "gamma_init"], dropna=False, as_index=False).size()
     if len(pairs):
         most = pairs.sort_values("size", ascending=False, kind="stable").iloc[:1]
         mine = fast.merge(most[["alpha_init", "gamma_init"]], on=["alpha_init", "gamma_init"])
-        panels["BatchEnsemble of M"] = mine
+        panels[BATCH_ENSEMBLE] = mine
     for arm, title in (("deep_ensemble", "deep ensemble of M"), ("longer", f"single network, M {TIMES} epochs")):
         if (runs["arm"] == arm).any():
             panels[title] = runs[runs["arm"].isin(["single", arm])]
@@ -496,17 +499,14 @@ def _comparison_figures(setting: Setting, df: pd.DataFrame) -> Figures:
             figure,
         )
 
-    devices = runs["device_name"].astype(str)
-    device = devices.mode()[0]
-    timed = choose(runs[devices == device], CELL).assign(chosen=True)
+    timed = choose(runs[runs["device_name"].astype(str) == main_device(runs)], CELL).assign(chosen=True)
     figure = two_scatters(timed, ("seconds", "test_accuracy"), ("seconds", "test_nll"), CELL, joined=True)
     yield (
         "cost",
         "Final test accuracy (left) and NLL (right) against the seconds of training, without validation; the networks of a "
         "deep ensemble count one after another. Numbers are members; of a longer single network, multiples of the epochs. "
-        f"Small dots are runs, large ones means over seeds, {counted(timed.groupby(['arm', 'size']).size())}; measured on "
-        f"{device}{', runs on other devices are left out' if devices.nunique() > 1 else ''}. Learning rate, alpha and gamma of "
-        f"each method and size were chosen {ON_VALIDATION}.",
+        f"Small dots are runs, large ones means over seeds, {counted(timed.groupby(['arm', 'size']).size())}. "
+        f"{measured_on(runs, CELL)} Learning rate, alpha and gamma of each method and size were chosen {ON_VALIDATION}.",
         figure,
     )
 

@@ -7,8 +7,9 @@ share of the points in each step, as a member does. Nothing is selected in this 
 run, on the same data.
 """
 
-from collections.abc import Collection, Iterable
+from collections.abc import Iterable
 from functools import partial
+from textwrap import fill
 from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
@@ -37,6 +38,7 @@ from plots.figure import (
     number,
     with_spread,
 )
+from plots.image_runs import provenance
 from plots.reading import FACTS
 from plots.statistics import Difference, difference, interval_of
 
@@ -58,6 +60,12 @@ MEASURES = {
     "coverage_95": Measure("coverage of 95 %", "%", 1),
     "spread": Measure("spread of members' means", "units of y", 2),
 }
+COMPARED = {  # of two methods: the first's less the second's, or the first's by the second's
+    "rmse": Measure("difference of RMSE", "units of y", 3),
+    "nll": Measure("difference of NLL", "nats", 3),
+    "log_excess": Measure("ratio of excess NLL", "", 2),
+}
+RATIO = "log_excess"  # a mean of differences of logarithms is the logarithm of the ratio of geometric means
 GREY, INK, SHADE = "#404040", "#808080", "#f0f0f0"
 CURVES = ("curve", "truth", "points", "gap", "outside")
 
@@ -74,7 +82,7 @@ class Arm(NamedTuple):
     runs: pd.DataFrame
 
 
-Pair: TypeAlias = tuple[str, Arm, Arm]  # label, ours, the one that is taken off
+Pair: TypeAlias = tuple[str, Arm, Arm]  # label, ours, the one that it is compared with
 
 
 class Setting(NamedTuple):
@@ -94,7 +102,8 @@ def summarise_runs(df: pd.DataFrame) -> pd.DataFrame:
     tests = df[df["member"].isna() & df["split"].isin(list(REGIONS))].copy()
     tests[[f"coverage_{level}" for level in LEVELS]] *= 100
     tests["excess"] = tests["nll"] - tests["nll_of_truth"]
-    columns = ["run_id", "split", *CONFIG, *FACTS, *MEASURES, *OF_TRUTH.values(), "excess", "seconds"]
+    tests[RATIO] = np.log(tests["excess"].where(tests["excess"] > 0))
+    columns = ["run_id", "split", *CONFIG, *FACTS, *MEASURES, *OF_TRUTH.values(), "excess", RATIO, "seconds"]
     return tests[columns].reset_index(drop=True)
 
 
@@ -146,9 +155,9 @@ def _ordered(arms: Iterable[Arm]) -> list[Arm]:
 def comparisons(arms: list[Arm]) -> list[Pair]:
     """Return what is compared with what, in one regime and with as many members.
 
-    Every ensemble less the single networks, trained for the same steps and for as many times longer as there are members;
-    each BatchEnsemble less the deep ensemble; the longer single network less the shorter. Between regimes: the single network
-    under split less that under repeat, which is what small batches do by themselves.
+    Every ensemble with the single networks, trained for the same steps and for as many times longer as there are members;
+    each BatchEnsemble with the deep ensemble; the longer single network with the shorter. Between regimes: the single network
+    under split with that under repeat, which is what small batches do by themselves.
     """
     pairs = [
         (ours, other)
@@ -156,7 +165,7 @@ def comparisons(arms: list[Arm]) -> list[Pair]:
         for ours in arms
         if _comparable(_fields(ours), _fields(other)) and ours.runs["seed"].isin(other.runs["seed"]).any()
     ]
-    return [(f"{ours.label}\n{MINUS} {other.label}", ours, other) for ours, other in pairs]
+    return [(f"{ours.label}\nagainst {other.label}", ours, other) for ours, other in pairs]
 
 
 def _comparable(ours: dict[str, Any], other: dict[str, Any]) -> bool:
@@ -180,6 +189,20 @@ def of_region(arm: Arm, split: str) -> pd.DataFrame:
     return arm.runs[arm.runs["split"] == split].sort_values("seed")
 
 
+def compared(setting: Setting) -> tuple[str, str]:
+    """Return the names in COMPARED of what tells two methods of a setting apart.
+
+    The tails of the NLL are heavy: one seed may make a mean of differences. Ratios of the excess take that all of it is
+    positive, which chance may prevent, as test points are finite; then the NLL is compared in nats.
+    """
+    return "rmse", RATIO if _logarithmic(setting.arms) else "nll"
+
+
+def _difference(pair: Pair, split: str, measure: str) -> Difference:
+    _, ours, other = pair
+    return difference(of_region(ours, split), of_region(other, split), measure)
+
+
 def summarise_arms(setting: Setting) -> pd.DataFrame:
     """Return, as text, mean and spread of every measure of each arm and region, and what the true distribution scores."""
     rows = []
@@ -201,15 +224,17 @@ def summarise_arms(setting: Setting) -> pd.DataFrame:
 
 
 def summarise_differences(setting: Setting) -> pd.DataFrame:
-    """Return, as text, every paired difference with its 95 % interval; bold where that leaves 0 out."""
+    """Return, as text, every comparison with its 95 % interval; bold where that leaves 0, of a ratio 1, out."""
     rows = []
-    for label, ours, other in comparisons(setting.arms):
-        for measure in OF_TRUTH:
-            row = {"difference": label.replace("\n", " "), "of": MEASURES[measure].label}
+    for pair in comparisons(setting.arms):
+        for measure in compared(setting):
+            row = {"methods": pair[0].replace("\n", " "), "compared": COMPARED[measure].label}
             for split, region in REGIONS.items():
-                found = difference(of_region(ours, split), of_region(other, split), measure)
-                interval = _interval(found, MEASURES[measure].decimals, sign="+")
-                row[region] = f"**{interval}**" if found.shown else interval
+                found = _difference(pair, split, measure)
+                sign = "" if measure == RATIO else "+"
+                words = _interval(_ends(found, measure), COMPARED[measure].decimals, sign)
+                words = f"{TIMES} {words}" if measure == RATIO else words
+                row[region] = f"**{words}**" if found.shown else words
             rows.append(row)
     return pd.DataFrame(rows)
 
@@ -222,23 +247,24 @@ def summarise_excess(joined: list[Setting]) -> pd.DataFrame:
             row = {"test points": region, "method": label}
             for setting in joined:
                 runs = [of_region(arm, split)["excess"] for arm in setting.arms if arm.label == label]
-                row[setting.name] = _interval(interval_of(runs[0]), EXCESS.decimals) if runs else ""
+                row[setting.name] = _interval(_ends(interval_of(runs[0])), EXCESS.decimals) if runs else ""
             rows.append(row)
     return pd.DataFrame(rows)
 
 
 def summarise_signs(joined: list[Setting]) -> pd.DataFrame:
-    """Return each comparison, `ours` and `other`, with the settings whose interval of NLL is below 0 and above 0, by region.
+    """Return each comparison, `ours` and `other`, with the settings in which the NLL is lower and higher, by region.
 
-    Columns: ours, other, region, settings (in how many there is this comparison), lower, higher.
+    Columns: ours, other, region, settings (in how many this comparison has an interval), lower, higher.
     """
     rows = []
     for setting in joined:
-        for _, ours, other in comparisons(setting.arms):
+        for pair in comparisons(setting.arms):
             for split, region in REGIONS.items():
-                found = difference(of_region(ours, split), of_region(other, split), "nll")
-                signs = {"lower": int(found.shown and found.mean < 0), "higher": int(found.shown and found.mean > 0)}
-                rows.append({"ours": ours.label, "other": other.label, "region": region, "settings": 1, **signs})
+                found = _difference(pair, split, compared(setting)[1])
+                lower, higher = found.shown and found.mean < 0, found.shown and found.mean > 0
+                if np.isfinite(found.half):
+                    rows.append((pair[1].label, pair[2].label, region, 1, int(lower), int(higher)))
     columns = ["ours", "other", "region", "settings", "lower", "higher"]
     return pd.DataFrame(rows, columns=columns).groupby(columns[:3], sort=False, as_index=False).sum()
 
@@ -249,10 +275,16 @@ def _labels(joined: list[Setting]) -> list[str]:
     return [arm.label for arm in _ordered(arms.values())]
 
 
-def _interval(found: Difference, decimals: int, sign: str = "") -> str:
-    form = f"{sign}.{decimals}f"
-    ends = f" ({found.mean - found.half:{form}} to {found.mean + found.half:{form}})"
-    return f"{found.mean:{form}}{ends if np.isfinite(found.half) else ''}".replace("-", MINUS)
+def _ends(found: Difference, measure: str = "") -> np.ndarray:
+    """Return the mean and both ends of its interval (nan where none is known); of logarithms, ratios."""
+    ends = np.array([found.mean, found.mean - found.half, found.mean + found.half])
+    return np.exp(ends) if measure == RATIO else ends
+
+
+def _interval(ends: np.ndarray, decimals: int, sign: str = "") -> str:
+    mean, low, high = (f"{end:{sign}.{decimals}f}" for end in ends)
+    mean, low, high = (text if float(text) else text.lstrip("+-") for text in (mean, low, high))  # a zero has no sign
+    return f"{mean}{f' ({low} to {high})' if np.isfinite(ends[1]) else ''}".replace("-", MINUS)
 
 
 # --- from numbers to pictures -----------------------------------------------------------------------------------------
@@ -311,12 +343,13 @@ def draw_measure(arms: list[Arm], ax: Axes, *, split: str, measure: str, among: 
     for at, arm in enumerate(arms):
         values = of_region(arm, split)[measure]
         _strip(ax, at, values.to_numpy(), arm)
-        _mean(ax, at, interval_of(values))
+        _mean(ax, at, _ends(interval_of(values)))
     if measure in OF_TRUTH:
         runs = pd.concat([of_region(arm, split) for arm in arms])
         ax.axvline(runs[OF_TRUTH[measure]].mean(), color=GREY, lw=0.8, ls=DASHED, zorder=1)
     elif _logarithmic(among or arms):
-        _logarithmic_axis(ax, [of_region(arm, split)[measure] for arm in among or arms])
+        every = [of_region(arm, split)[measure] for arm in among or arms]
+        _logarithmic_axis(ax, [end for each in every for end in (*each, _ends(interval_of(each))[2])])
     return _rows(ax, [arm.label for arm in arms])
 
 
@@ -324,40 +357,34 @@ def _logarithmic(arms: list[Arm]) -> bool:
     return all((arm.runs["excess"] > 0).all() for arm in arms)
 
 
-def _logarithmic_axis(ax: Axes, every: list[pd.Series]) -> None:
-    found = [interval_of(values) for values in every]
-    low = 0.7 * min(values.min() for values in every)
-    high = 1.4 * max(*(values.max() for values in every), *(one.mean + np.nan_to_num(one.half) for one in found))
+def _logarithmic_axis(ax: Axes, shown: list[float]) -> None:
+    low, high = 0.7 * np.nanmin(shown), 1.4 * np.nanmax(shown)
     decades = np.log10(high / low)
     ax.set_xscale("log")
-    subs = (1, 2, 3, 5) if decades < 1 else (1, 2, 5) if decades < 1.5 else (1, 3) if decades < 2.5 else (1,)
-    ax.xaxis.set_major_locator(LogLocator(subs=subs))
+    few = {0.7: (1, 1.5, 2, 3, 5, 7), 1: (1, 2, 3, 5), 1.5: (1, 2, 5), 2.5: (1, 3)}
+    ax.xaxis.set_major_locator(LogLocator(subs=next((subs for most, subs in few.items() if decades < most), (1,))))
     ax.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     ax.xaxis.set_minor_formatter(NullFormatter())
     ax.set_xlim(low, high)
 
 
-def draw_differences(pairs: list[Pair], ax: Axes, *, split: str, measure: str, far: Collection[str] = ()) -> Axes:
-    """Draw the paired differences of a measure in one region: a dot for each seed, the mean with its 95 % t interval.
+def draw_differences(pairs: list[Pair], ax: Axes, *, split: str, measure: str) -> Axes:
+    """Draw each comparison of a measure in one region: a dot for each seed, the mean with its 95 % t interval.
 
-    Args:
-        far: the measures whose axis is logarithmic beyond -1 and 1 where a difference is more than 10.
+    Ratios are on a logarithmic axis, and their mean is the geometric one.
     """
-    farthest = 0.0
+    shown = [1.0]
     for at, (_, ours, other) in enumerate(pairs):
         each = of_region(ours, split).set_index("seed")[measure] - of_region(other, split).set_index("seed")[measure]
-        _strip(ax, at, each.dropna().to_numpy(), ours)
-        _mean(ax, at, interval_of(each))
-        farthest = max(farthest, each.abs().max())
-    ax.axvline(0, color=GREY, lw=0.8, zorder=1)
+        values, ends = each.dropna().to_numpy(), _ends(interval_of(each), measure)
+        values = np.exp(values) if measure == RATIO else values
+        _strip(ax, at, values, ours)
+        _mean(ax, at, ends)
+        shown += [*values, *ends]
+    ax.axvline(1 if measure == RATIO else 0, color=GREY, lw=0.8, zorder=1)
     ax.xaxis.set_major_locator(MaxNLocator(4))
-    if measure in far and farthest > 10:
-        decades = range(1, int(np.log10(farthest)) + 1)
-        ends = (-(10.0 ** decades[-1]), -1, 0, 1, 10.0 ** decades[-1])
-        ax.set_xscale("symlog", linthresh=1)
-        ax.set_xlim(-1.5 * farthest, 1.5 * farthest)
-        ax.set_xticks(ends, [number(end) for end in ends])
-        ax.set_xticks([sign * 10.0**decade for decade in decades for sign in (-1, 1)], minor=True)
+    if measure == RATIO:
+        _logarithmic_axis(ax, shown)
     return _rows(ax, [label for label, _, _ in pairs])
 
 
@@ -382,11 +409,9 @@ def _strip(ax: Axes, at: float, values: np.ndarray, arm: Arm, height: float = 0.
     ax.plot(values, rows, arm.look.marker, color=arm.look.colour, mfc=face, ms=2.4, mew=0.5, alpha=0.6, zorder=2)
 
 
-def _mean(ax: Axes, at: float, found: Difference) -> None:
-    bar = found.half if np.isfinite(found.half) else 0
-    ax.errorbar(
-        found.mean, at, xerr=bar, fmt="D", color="black", ms=3.2, mec="white", mew=0.5, elinewidth=1.3, zorder=5
-    )
+def _mean(ax: Axes, at: float, ends: np.ndarray) -> None:
+    bars = np.nan_to_num(np.abs(ends[1:] - ends[0]))[:, None]
+    ax.errorbar(ends[0], at, xerr=bars, fmt="D", color="black", ms=3.2, mec="white", mew=0.5, elinewidth=1.3, zorder=5)
 
 
 def _rows(ax: Axes, labels: list[str]) -> Axes:
@@ -417,26 +442,16 @@ def findings(df: pd.DataFrame) -> dict[str, Finding]:
     every = settings(df)
     if len(every) > 1:
         runs = pd.concat([setting.runs for setting in every])
-        found[ALL] = Finding(_joined_sentences(every), _joined_tables(every), _provenance(runs, _described(every)))
+        found[ALL] = Finding(_joined_sentences(every), _joined_tables(every), provenance(runs, _described(every)))
     for setting in every:
-        tables = [
-            "Mean ± standard deviation over seeds.\n\n" + markdown(summarise_arms(setting)),
-            "Paired differences over seeds, mean and 95 % interval by Student's t, bold where it leaves 0 out; none is "
-            "corrected for their number.\n\n" + markdown(summarise_differences(setting)),
-        ]
-        provenance = _provenance(setting.runs, f"Setting: {describe(setting)}")
-        found[setting.name] = Finding(_sentences(setting), "\n\n".join(tables), provenance)
+        tables = ["Mean ± standard deviation over seeds.\n\n" + markdown(summarise_arms(setting))]
+        if pairs := comparisons(setting.arms):
+            interval = " and 95 % interval by Student's t, bold where it leaves 0, of a ratio 1, out; none is corrected"
+            known = interval * (max(_paired(pairs)) >= 3)
+            tables.append(f"{_comparison(setting)}. Mean{known}.\n\n{markdown(summarise_differences(setting))}")
+        made = provenance(setting.runs, describe(setting))
+        found[setting.name] = Finding(_sentences(setting), "\n\n".join(tables), made)
     return found
-
-
-def _provenance(runs: pd.DataFrame, described: str) -> str:
-    facts = [
-        f"{label}: {', '.join(sorted(set(runs[name].dropna().astype(str)))) or 'not known'}"
-        for name, label in (("device_name", "device"), ("torch", "torch"), ("commit", "commit"))
-    ]
-    if (runs["dirty"].astype(str) == "True").any():
-        facts.append("some runs were made with changes that were not committed")
-    return f"Drawn from {runs['run_id'].nunique()} runs. {described}. {'; '.join(facts)}."
 
 
 def describe(setting: Setting) -> str:
@@ -469,16 +484,38 @@ def _described(joined: list[Setting]) -> str:
     names: dict[str, list[str]] = {}
     for setting in joined:
         names.setdefault(_training(setting), []).append(setting.name)
-    return "Settings " + "; ".join(f"{listed(those)}: {words}" for words, those in names.items())
+    return "; ".join(f"{listed(those)}: {words}" for words, those in names.items())
 
 
-def _n(*some: Setting) -> str:
-    return counted(arm.runs["seed"].nunique() for setting in some for arm in setting.arms)
+def _seeds(*some: Setting) -> list[int]:
+    return [arm.runs["seed"].nunique() for setting in some for arm in setting.arms]
+
+
+def _paired(pairs: list[Pair]) -> list[int]:
+    return [_difference(pair, "test", "rmse").pairs for pair in pairs]
+
+
+def _dots(n: list[int], what: str = "seed") -> str:
+    """Return what dots and diamonds are, of so many seeds: no interval is promised where none is known."""
+    interval = " with its 95 % interval by Student's t" if max(n) >= 3 else ""
+    none = f"; no interval is drawn of fewer than 3 {what}s" if min(n) < 3 else ""
+    return f"{DOTS}, diamonds their mean{interval}; {counted(n).replace('seed', what)}{none}"
+
+
+def _comparison(setting: Setting, whose: str = "") -> str:
+    """Return what of two methods is compared."""
+    first = f"The first method of each row against the second{whose}, over paired seeds: difference of RMSE"
+    if compared(setting)[1] == "nll":
+        return f"{first} and of NLL (first minus second). Below 0 the first is better"
+    return (
+        f"{first} (first minus second) and ratio of excess NLL (first divided by second, of means the geometric one). Below 0, "
+        f"or below 1, the first is better. Excess NLL is {OVER_TRUTH}"
+    )
 
 
 def _sentences(setting: Setting) -> list[str]:
     lines = []
-    n = _n(setting).removeprefix("n = ")
+    n = counted(_seeds(setting)).removeprefix("n = ")
     for split, region in REGIONS.items():
         values = [
             f"{arm.label}: {with_spread(of_region(arm, split)['nll'], MEASURES['nll'], unit=False)}"
@@ -488,16 +525,16 @@ def _sentences(setting: Setting) -> list[str]:
         lines.append(
             f"{setting.name}, test points {region}, NLL in nats ({n}; the true distribution: {truth:.3f}): {'; '.join(values)}."
         )
-    pairs = comparisons(setting.arms)
-    for measure in OF_TRUTH:
-        parts = []
-        for split, region in REGIONS.items():
-            every = [difference(of_region(ours, split), of_region(other, split), measure) for _, ours, other in pairs]
-            parts.append(f"{region} {sum(found.shown for found in every)} of {len(every)}")
-        if pairs:
-            lines.append(
-                f"Paired differences of {MEASURES[measure].label} with a 95 % interval without 0: {', '.join(parts)}; below."
-            )
+    pairs = [pair for pair in comparisons(setting.arms) if _paired([pair])[0] >= 3]
+    for measure in compared(setting) if pairs else ():
+        shown = [
+            f"{region} {sum(_difference(pair, split, measure).shown for pair in pairs)} of {len(pairs)}"
+            for split, region in REGIONS.items()
+        ]
+        lines.append(
+            f"Comparisons of two methods in which the 95 % interval of the {COMPARED[measure].name} leaves "
+            f"{1 if measure == RATIO else 0} out: {', '.join(shown)}; below."
+        )
     return lines
 
 
@@ -549,18 +586,18 @@ def _cut(arms: list[Arm]) -> str:
 
 
 DOTS = "Dots are seeds (filled: split, open: repeat)"
-MEANS = "diamonds their mean with its 95 % interval by Student's t"
+OVER_TRUTH = "that over the true distribution's on the same points"
 
 
 def _measure_figures(setting: Setting, df: pd.DataFrame) -> Figures:
-    n = _n(setting)
+    n = _seeds(setting)
 
     def grid_of(draw: Any, height: float, measures: dict[str, Measure]) -> Figure:
         figure = new_figure(TEXT_WIDTH, height)
         axes = figure.subplots(2, 3, sharey=True)
         for row, (name, measure) in zip(axes, measures.items(), strict=True):
             for ax, (split, region) in zip(row, REGIONS.items(), strict=True):
-                draw(ax, split=split, measure=name).set_xlabel(measure.label)
+                draw(ax, split=split, measure=name).set_xlabel(fill(measure.label, 20))  # or it touches the next one
                 if name == "rmse":
                     ax.set_title(region)
         return figure
@@ -568,9 +605,9 @@ def _measure_figures(setting: Setting, df: pd.DataFrame) -> Figures:
     rows = len(setting.arms)
     yield (
         "measures",
-        "RMSE (above) and excess NLL (below), that over the true distribution's on the same points, of test points inside the "
-        f"training range, in the gap and outside. {DOTS}, {MEANS}; {n}. Dashed: the RMSE of the true distribution. Less is "
-        f"better; each panel has its own axis{_cut(setting.arms)}.",
+        f"RMSE (above) and excess NLL (below), {OVER_TRUTH}, of test points inside the training range, in the gap and outside. "
+        f"{_dots(n)}. Dashed: the RMSE of the true distribution. Less is better; each panel has its own "
+        f"axis{_cut(setting.arms)}.",
         grid_of(
             partial(draw_measure, setting.arms), 0.5 * max(rows, 3) + 1.2, {"rmse": MEASURES["rmse"], "excess": EXCESS}
         ),
@@ -583,58 +620,61 @@ def _measure_figures(setting: Setting, df: pd.DataFrame) -> Figures:
     yield (
         "coverage",
         "Share of test points inside the prediction's central 50, 90 and 95 % interval, one below the other for each method. "
-        f"{DOTS}, black strokes their mean, grey ones the nominal level; {n}. Left of the level: too sure.",
+        f"{DOTS}, black strokes their mean, grey ones the nominal level; {counted(n)}. Left of the level: too sure.",
         figure,
     )
     pairs = comparisons(setting.arms)
     longer = [pair for pair in pairs if LOOKS["longer"] in (pair[1].look, pair[2].look)]
-    beyond = f" Where an NLL differs by more than 10, the axis is logarithmic beyond {MINUS}1 and 1."
-    for name, some, whose, scale, far in (
-        ("differences", [pair for pair in pairs if pair not in longer], "", "", ()),
-        ("differences_longer", longer, " with single networks trained for longer", beyond, ("nll",)),
+    measures = {measure: COMPARED[measure] for measure in compared(setting)}
+    for name, some, whose in (
+        ("differences", [pair for pair in pairs if pair not in longer], ""),
+        ("differences_longer", longer, " (one of them a single network trained for longer)"),
     ):
         if some:
             yield (
                 name,
-                f"Paired differences{whose} over seeds, of RMSE (above) and NLL (below); left of 0 the first of the two is "
-                f"better. {DOTS}, {MEANS}; {n}. No interval is corrected for their number, {6 * len(some)}.{scale}",
-                grid_of(
-                    partial(draw_differences, some, far=far),
-                    0.62 * max(len(some), 3) + 1.2,
-                    {measure: MEASURES[measure] for measure in OF_TRUTH},
-                ),
+                f"{_comparison(setting, whose)}.{' The axis of ratios is logarithmic.' * (RATIO in measures)} "
+                f"{_dots(_paired(some), 'paired seed')}. No interval is corrected for their number, {6 * len(some)}.",
+                grid_of(partial(draw_differences, some), 0.62 * max(len(some), 3) + 1.2, measures),
             )
 
 
 def _joined_sentences(joined: list[Setting]) -> list[str]:
-    signs = summarise_signs(joined)
-    names = listed([setting.name for setting in joined])
+    names, seeds = listed([setting.name for setting in joined]), counted(_seeds(*joined)).removeprefix("n = ")
+    longer = any(arm.look == LOOKS["longer"] for setting in joined for arm in setting.arms)
+    in_nats = [setting.name for setting in joined if compared(setting)[1] == "nll"]
+    but = f"; in {listed(in_nats)}, where some excess is not positive, that of their difference in nats, below 0 or above 0"
     lines = [
-        f"{names}, test points {listed(list(REGIONS.values()))}, {_n(*joined).removeprefix('n = ')}: in how many of these "
-        "pairs of setting and region the NLL is lower or higher than another's, by a 95 % interval of the paired difference "
-        "that leaves 0 out."
+        f"Two methods are compared in {len(joined)} settings {TIMES} 3 regions = {3 * len(joined)} comparisons, over {seeds}. "
+        f"A setting ({names}) is named after the generator of the data, and after whether the networks predict the variance of "
+        "y or take a constant one; a region is test points inside the training range, in its gap, or outside. Under repeat a "
+        "member, or a single network, sees all training points in each step, under split a random share of them"
+        f"{f'; N {TIMES} steps are N times as many' * longer}. Excess NLL is {OVER_TRUTH}. It is lower (better), or higher, "
+        "than another method's where the 95 % interval of their ratio (geometric mean over paired seeds, Student's t) lies "
+        f"below 1, or above 1{but * bool(in_nats)}; of fewer than 3 seeds nothing is said. No interval is corrected for the "
+        "number of comparisons."
     ]
-    for ours, pairs in signs.groupby("ours", sort=False):
+    for ours, pairs in summarise_signs(joined).groupby("ours", sort=False):
         total = pairs.groupby("other", sort=False)[["settings", "lower", "higher"]].sum()
         words = [
-            f"less the {other}, lower in {lower} and higher in {higher} of {count}"
+            f"than the {other} in {lower} of {count} comparisons, higher in {higher}"
             for other, count, lower, higher in total.itertuples()
         ]
-        lines.append(f"NLL of the {ours}: {'; '.join(words)}.")
+        lines.append(f"{str(ours)[0].upper()}{str(ours)[1:]}: lower excess NLL {'; '.join(words)}.")
     return lines
 
 
 def _joined_tables(joined: list[Setting]) -> str:
     """Return in Markdown the excess NLL of each method, and where each comparison shows a difference."""
-    excess = "Excess NLL in nats, that over the true distribution's on the same points: mean and 95 % interval by Student's t."
-    tables = [excess, markdown(summarise_excess(joined))]
+    interval = " and 95 % interval by Student's t" * (max(_seeds(*joined)) >= 3)
+    tables = [f"Excess NLL in nats, {OVER_TRUTH}: mean{interval}.", markdown(summarise_excess(joined))]
     rows = []
     for (ours, other), pairs in summarise_signs(joined).groupby(["ours", "other"], sort=False):
         counts = zip(*(pairs[name] for name in ("region", "settings", "lower", "higher")), strict=True)
-        row = {"difference": f"{ours} {MINUS} {other}"}
+        row = {"methods": f"{ours} against {other}"}
         rows.append(row | {name: f"of {n}: {lower} lower, {higher} higher" for name, n, lower, higher in counts})
     if rows:
-        signs = "Settings in which the 95 % interval of the paired difference of NLL is below 0, and above 0; not corrected."
+        signs = "In how many settings the first method has a lower, or higher, excess NLL than the second, as counted above."
         tables += [signs, markdown(pd.DataFrame(rows))]
     return "\n\n".join(tables)
 
@@ -655,8 +695,7 @@ def _joined_figure(joined: list[Setting]) -> Figures:
         ax.set_xlabel(EXCESS.label)
     yield (
         f"{ALL}/nll",
-        "Excess NLL, that over the true distribution's on the same points, in every setting (a row of panels) and region (a "
-        f"column). {DOTS}, {MEANS}; {_n(*joined)}. Less is better; each column has its own axis{_cut(arms)}. "
-        f"{_described(joined)}.",
+        f"Excess NLL, {OVER_TRUTH}, in every setting (a row of panels) and region (a column). {_dots(_seeds(*joined))}. Less "
+        f"is better; each column has its own axis{_cut(arms)}. Settings {_described(joined)}.",
         figure,
     )

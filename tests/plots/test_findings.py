@@ -7,10 +7,11 @@ from importlib import import_module
 
 import pandas as pd
 import pytest
+from scipy import stats
 
 from batchens.files import ROOT
 from batchens.results import METRICS
-from plots.findings import claims, text, write_findings
+from plots.findings import _variance, claims, text, write_findings
 from plots.reading import usable_results
 from scripts.parameter_averaging import GRIDS
 
@@ -38,7 +39,14 @@ def test_every_claim_has_its_section_with_what_was_printed_wrong_and_measured(co
     sections = committed.split("\n## ")[1:]
     assert [section.partition("\n")[0] for section in sections] == [claim.title for claim in claims()]
     for section in sections:
-        for part in ("**Printed.** ", "**What was wrong.** ", "**Measured.** ", "Redrawn by `python -m plots "):
+        for part in (
+            "**Verdict.** ",
+            "**Words.** ",
+            "**Printed.** ",
+            "**What was wrong.** ",
+            "**Measured.** ",
+            "Redrawn by `python -m plots ",
+        ):
             assert section.count(part) == 1
 
 
@@ -114,3 +122,21 @@ def test_the_command_writes_it_without_torch(tmp_path):
     ran = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert ran.returncode == 0, ran.stderr
     assert (tmp_path / "FINDINGS.md").exists() and "FINDINGS.md" in ran.stdout
+
+
+def test_the_analysis_of_variance_of_two_pairs_is_the_square_of_their_paired_t():
+    low, high = [70.0, 71.0, 74.0, 72.0], [71.0, 72.5, 75.0, 74.0]
+    runs = pd.DataFrame(
+        {
+            "seed": [0, 1, 2, 3] * 2,
+            "alpha_init": [-0.5] * 4 + [0.5] * 4,
+            "gamma_init": [-0.5] * 4 + [float("nan")] * 4,
+            "test_accuracy": low + high,
+        }
+    )
+    found = stats.ttest_rel(high, low)
+    (said,) = _variance(runs)
+    assert f"F = {found.statistic**2:.2f}, p = {found.pvalue:.2g}, they differ" in said
+    (said,) = _variance(pd.concat([runs, runs.iloc[:1].assign(seed=9)]))  # a seed that not all pairs have is left out
+    assert f"F = {found.statistic**2:.2f}" in said
+    assert not _variance(runs.iloc[:4])

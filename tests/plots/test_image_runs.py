@@ -103,3 +103,59 @@ def test_candidates_are_what_was_chosen_from() -> None:
     chosen = image_runs.choose(runs, ["arm", "rate"], of=["arm"])
     assert set(chosen["rate"]) == {2} and set(chosen["candidates"]) == {2}  # of one seed is not chosen from
     assert set(image_runs.choose(runs[runs["seed"] == 0], ["arm", "rate"], of=["arm"])["candidates"]) == {3}
+
+
+def test_an_axis_holds_all_but_what_lies_far_from_the_rest() -> None:
+    near = [(90, 89, 91), (91, 90, 92), (92, 91, 93), (88, 88, 88)]
+    assert image_runs.span_of(near) == pytest.approx((87.75, 93.25))
+    assert image_runs.span_of([*near, (50, 40, 60)]) == pytest.approx((87.75, 93.25))
+    assert image_runs.span_of([(1, 1, 1)]) == (0.5, 1.5)
+
+
+def test_an_axis_of_differences_holds_0_and_not_what_lies_far_beyond_it() -> None:
+    below = [(-4, -5, -3), (-5, -5, -5), (-6, -7, -5), (-5, -5, -5)]
+    assert image_runs.span_of(below, zero=True) == pytest.approx((-7.35, 0.35))
+    assert image_runs.span_of([*below, (3, 2, 4)], zero=True) == pytest.approx((-7.55, 4.55))
+    assert image_runs.span_of([*below, (44, 43, 45)], zero=True) == pytest.approx((-7.35, 0.35))
+    assert image_runs.span_of(below)[1] < -2
+
+
+def test_no_seed_and_no_interval_is_cut_off_at_the_edge() -> None:
+    def row(*values: float) -> image_runs.Row:
+        runs = pd.DataFrame({"seed": range(len(values)), "test_accuracy": values})
+        return image_runs.row_of(runs, "test_accuracy", figure.LOOKS["single"])
+
+    # the mean of the wide one is among the others
+    rows = [(str(i), row(i, i, i)) for i in range(9)] + [("wide", row(*[2.5] * 7, 40))]
+    with figure.style():
+        ax = image_runs.draw_rows({"all": rows}, figure.new_figure(3, 3).add_subplot(), measure="test_accuracy")
+    low, high = ax.get_xlim()
+    assert low < 7.1875 < high < 40
+    assert all(low < x < high for line in ax.lines for x in line.get_xdata())
+    assert "7.19 ± 13.26 \N{RIGHTWARDS ARROW}" in {text.get_text() for text in ax.texts}
+    weights = [label.get_fontweight() for label in ax.get_yticklabels()]
+    assert weights == ["bold"] + ["normal"] * 10 and ax.get_yticklabels()[0].get_text() == "all"
+
+
+def test_a_row_of_differences_pairs_seeds_and_not_rows() -> None:
+    ours = pd.DataFrame({"seed": [2, 0, 1], "test_nll": [3.0, 1.0, 2.0]})
+    others = pd.DataFrame({"seed": [0, 1, 5], "test_nll": [0.5, 0.5, 9.0]})
+    row = image_runs.row_of_difference(ours, others, "test_nll", figure.LOOKS["single"])
+    assert dict(row.values) == {0: 0.5, 1: 1.5} and row.found.pairs == 2 and row.found.mean == 1
+
+
+def test_what_rounds_to_0_has_no_sign() -> None:
+    minus = figure.MINUS
+    assert [image_runs.signed(value, 2) for value in (0.004, -0.004, 0.006, -10, 100)] == [
+        "0.00", "0.00", "+0.01", f"{minus}10.00", "+100.00",
+    ]  # fmt: skip
+
+
+def test_times_say_how_far_they_differ_where_the_work_is_the_same() -> None:
+    runs = pd.DataFrame(
+        {"cell": ["a", "a", "b", "b"], "seconds": [10.0, 25.0, 100.0, 101.0], "device_name": ["cpu"] * 3 + ["gpu"]}
+    )
+    said = image_runs.measured_on(runs, ["cell"])
+    assert said.startswith("Measured on cpu; runs on other devices are left out. ") and "a factor of 2.5" in said
+    quiet = image_runs.measured_on(runs.assign(seconds=[10.0, 10.1, 100.0, 101.0], device_name="cpu"), ["cell"])
+    assert quiet == "Measured on cpu."

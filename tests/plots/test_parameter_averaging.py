@@ -156,16 +156,13 @@ def test_a_setting_is_the_whole_configuration_but_what_is_varied() -> None:
 def test_every_run_of_every_grid_has_an_arm_of_its_own_name() -> None:
     found = set()
     for configs in GRIDS.values():
-        arms = {
-            pa._arm(c.method, c.start or "", c.matching or "", c.temperature or np.nan, c.extra_learning_rate or np.nan)
-            for c in configs
-        }
+        arms = {pa._arm(c.method, c.start or "", c.matching or "", c.temperature or np.nan) for c in configs}
         assert arms <= set(pa.ARMS)
         found |= arms
     assert found == set(pa.ARMS)
 
 
-def test_as_in_the_thesis_is_its_start_temperature_and_rate_and_no_other(tmp_path: Path) -> None:
+def test_the_thesis_form_is_its_start_and_temperature_at_the_rate_that_validation_chose(tmp_path: Path) -> None:
     for accuracy, fields in (
         (0.5, {}), (0.6, {"extra_learning_rate": 0.3}), (0.7, MATCHED), (0.8, {"temperature": 0.1, "extra_learning_rate": 0.1}),
     ):  # fmt: skip
@@ -175,22 +172,20 @@ def test_as_in_the_thesis_is_its_start_temperature_and_rate_and_no_other(tmp_pat
         write(tmp_path, 0.9, method="distillation", seed=seed)
     setting = only(tmp_path)
     runs = pair_of(setting, "distillation", thesis=True).ours
-    assert runs["test_accuracy"].tolist() == pytest.approx([50] * 3) and set(runs["extra_learning_rate"]) == {0.1}
+    assert runs["test_accuracy"].tolist() == pytest.approx([60] * 3) and set(runs["candidates"]) == {2}
     assert set(setting.runs["label"]) == {
-        "PermAVG T = 1 (thesis), extra learning rate 0.1", "PermAVG T = 1, extra learning rate 0.3",
+        "PermAVG T = 1 (thesis), extra learning rate 0.1", "PermAVG T = 1 (thesis), extra learning rate 0.3",
         "PermAVG T = 1 from matched", "PermAVG T = 0.1", "distillation",
     }  # fmt: skip
     labels = [cell.label for cell in pa.cells(setting, 3)]
-    assert "PermAVG T = 1 (thesis)" in labels and "PermAVG T = 1, extra learning rate 0.3" in labels
+    assert labels.count("PermAVG T = 1 (thesis)") == 1
     ours = pair_of(setting, "distillation").ours
     assert ours["label"].iloc[0] == "PermAVG T = 0.1" and set(ours["candidates"]) == {4}
     told = pa.findings(read(tmp_path))["digits-mlp"].sentences
-    assert any(
-        line.startswith("PermAVG T = 0.1, best of 4 configurations on validation, of 3 networks") for line in told
-    )
+    assert any("of PermAVG it is PermAVG T = 0.1, best of 4." in line for line in told)
     assert (
-        "At the edge of the rates that were tried, so that the best may lie outside: PermAVG T = 1 at 0.3, the largest of 2."
-        in told
+        "At the edge of the rates that were tried, so that the best may lie outside: PermAVG T = 1 (thesis) at 0.3, the "
+        "largest of 2." in told
     )
 
 
@@ -358,22 +353,49 @@ def test_a_paired_difference_and_its_interval_are_those_of_scipy(setting: Settin
 
 
 def test_sentences_say_what_is_better_worse_and_not_shown(finding: figure.Finding) -> None:
+    told = next(line for line in finding.sentences if line.startswith("PermAVG is compared"))
+    assert "of 2 networks PermAVG T = 0.1 from matched, best of 3; of 3 networks PermAVG T = 0.1 from matched" in told
     accuracy = next(
-        line for line in finding.sentences if line.startswith("PermAVG T = 0.1 from matched, best of 3 conf")
+        line for line in finding.sentences if line.startswith("PermAVG as it is best on validation, test accuracy: ")
     )
-    assert "of 3 networks, at equal extra epochs (3), test accuracy: better than best single network" in accuracy
     better, none = accuracy.split("; no difference is shown from ")
-    assert "fine-tuned best single" in better and "naive average" not in none and "worse than" not in better
+    assert "better than best single network" in better and "fine-tuned best single" in better
+    assert "naive average" not in none and "worse than" not in better
     assert "deep ensemble" in none and "distillation" in none
-    thesis = next(line for line in finding.sentences if line.startswith("PermAVG T = 1 (thesis)"))
+    thesis = next(line for line in finding.sentences if line.startswith("PermAVG in the thesis' form"))
     assert "worse than best single network" in thesis
-    rows = [line for line in finding.differences.split("\n") if line.startswith("| ") and "| deep ensemble |" in line]
+    rows = [line for line in finding.differences.split("\n") if line.startswith("| ") and "| deep ensemble | 4" in line]
     assert "no interval is known" not in finding.differences
     assert len(rows) == 2 and all(row.startswith("| 3 |") and row in finding.table for row in rows)
     assert f"| {MINUS}2.00 ({MINUS}6.11 to +2.11) |" in rows[0]
     # all constant differences leave 0 out: of nine methods, two sizes and two measures
-    counted = next(line for line in finding.sentences if "such intervals" in line)
-    assert "of 36 such intervals leave 0 out" in counted and "where 1.8 would be expected" in counted
+    counted = next(line for line in finding.sentences if "intervals of accuracy and NLL" in line)
+    assert counted.startswith("Of these 36 intervals") and "with no true difference 1.8 would" in counted
+
+
+def test_a_verdict_names_the_numbers_of_networks_where_they_differ(tmp_path: Path) -> None:
+    for size, other in ((2, 0.7), (3, 0.9)):
+        for seed in range(3):
+            same = {"seed": seed, "ensemble_size": size}
+            write(tmp_path, 0.8 + 0.01 * seed, method="permavg", **same)
+            write(tmp_path, other + 0.015 * seed, method="distillation", **same)
+            write(tmp_path, 0.5 + 0.015 * seed, method="naive_average", **same)
+    pairs = pa.comparisons(only(tmp_path))
+    assert pa._verdict(pairs, "test_accuracy") == (
+        "better than naive average, than distillation (of 2 networks); worse than distillation (of 3 networks)"
+    )
+    assert pa._verdict([pair for pair in pairs if pair.size == 2], "test_accuracy") == (
+        "better than distillation and naive average"
+    )
+
+
+def test_accuracy_by_number_of_networks_is_that_of_each_arms_best(setting: Setting, finding: figure.Finding) -> None:
+    table = pa.summarise_sizes(setting).set_index("method")
+    best = pa.best_of_arms(setting)
+    mine = best[(best["arm"] == "naive_average") & (best["ensemble_size"] == 3)]["test_accuracy"]
+    assert list(table.columns) == ["M = 1", "M = 2", "M = 3"] and table.loc["naive average", "M = 1"] == ""
+    assert table.loc["naive average", "M = 3"] == f"{mine.mean():.2f} ± {mine.std():.2f}"
+    assert "by number of networks, M." in finding.differences
 
 
 def test_a_lower_nll_is_in_favour() -> None:
@@ -386,10 +408,10 @@ def test_a_lower_nll_is_in_favour() -> None:
 
 def test_size_and_speed_are_beside_those_of_one_network_and_of_the_ensemble(finding: figure.Finding) -> None:
     size, speed = finding.sentences[-2:]
-    assert "has 100 parameters (1 times those of one plain network and 0.333 times those of the deep ensemble)" in size
+    assert "has 100 parameters (as many as one plain network and 0.333 times as many as the deep ensemble)" in size
     assert speed == (
-        "Its images per second in inference are 0.50 ± 0.00 times those of a plain network and 2.00 ± 0.00 times those of the "
-        "deep ensemble; each was timed in turn with a plain network (cpu)."
+        "In inference it is 0.50 times as fast as a plain network (n = 4) and 2.00 times as fast as the deep ensemble (n = 4): "
+        "medians over seeds of images per second, each timed in turn with a plain network (cpu)."
     )
     ours, other = (pd.DataFrame({"seed": seeds, "device_name": devices, "relative_speed": speeds})
                    for seeds, devices, speeds in (([0, 1], "cpu", [10, 30]), ([1, 0], ["cpu", "gpu"], [15, 1])))  # fmt: skip
@@ -405,7 +427,7 @@ def test_speed_is_beside_the_plain_network_of_the_same_process_alone(tmp_path: P
     table = pa.summarise_cells(only(tmp_path)).set_index("method")["images per second, plain network = 1"]
     assert dict(table) == {"best single network": "", "deep ensemble": "0.25 ± 0.00", "PermAVG T = 0.1": "0.50 ± 0.00"}
     speed = pa.findings(read(tmp_path))["digits-mlp"].sentences[-1]
-    assert "0.50 ± 0.00 times those of a plain network and 2.00 ± 0.00 times those of the deep ensemble" in speed
+    assert "0.50 times as fast as a plain network (n = 3) and 2.00 times as fast as the deep ensemble (n = 3)" in speed
     with figure.style():
         drawn = {name.partition("/")[2]: (caption, drawing) for name, caption, drawing in pa.figures(read(tmp_path))}
     caption, drawing = drawn["cost"]
@@ -507,21 +529,6 @@ def test_a_matrix_with_signs_has_0_in_the_middle_of_its_scale() -> None:
     assert (norm(0.0), norm(0.01), norm(1)) == pytest.approx((0, 0.5, 1))
 
 
-def test_an_axis_holds_all_but_what_lies_far_from_the_rest() -> None:
-    near = [(90, 89, 91), (91, 90, 92), (92, 91, 93), (88, 88, 88)]
-    assert pa.span_of(near) == pytest.approx((87.75, 93.25))
-    assert pa.span_of([*near, (50, 40, 60)]) == pytest.approx((87.75, 93.25))
-    assert pa.span_of([(1, 1, 1)]) == (0.5, 1.5)
-
-
-def test_an_axis_of_differences_holds_0_and_not_what_lies_far_beyond_it() -> None:
-    below = [(-4, -5, -3), (-5, -5, -5), (-6, -7, -5), (-5, -5, -5)]
-    assert pa.span_of(below, zero=True) == pytest.approx((-7.35, 0.35))
-    assert pa.span_of([*below, (3, 2, 4)], zero=True) == pytest.approx((-7.55, 4.55))
-    assert pa.span_of([*below, (44, 43, 45)], zero=True) == pytest.approx((-7.35, 0.35))
-    assert pa.span_of(below)[1] < -2
-
-
 def test_0_is_on_the_axis_of_differences_and_what_lies_far_beyond_it_is_an_arrow(tmp_path: Path) -> None:
     for seed in range(3):
         same = {"seed": seed, "ensemble_size": 3}
@@ -535,21 +542,7 @@ def test_0_is_on_the_axis_of_differences_and_what_lies_far_beyond_it_is_an_arrow
         )
     low, high = ax.get_xlim()
     assert low < -5 and 0 < high < 1
-    assert [text.get_text() for text in ax.texts] == ["70.10 ± 0.10 \N{RIGHTWARDS ARROW}"]
-
-
-def test_no_seed_and_no_interval_is_cut_off_at_the_edge() -> None:
-    def row(*values: float) -> pa.Row:
-        seeds = pd.Series(values)
-        return pa.Row(seeds, pa.ARMS["permavg"], pa.interval_of(seeds))
-
-    rows = [(str(i), row(i, i, i)) for i in range(9)] + [("wide", row(*[2.5] * 7, 40))]  # its mean is among the others
-    with figure.style():
-        ax = pa.draw_rows(rows, figure.new_figure(3, 3).add_subplot(), measure="test_accuracy")
-    low, high = ax.get_xlim()
-    assert low < 7.1875 < high < 40
-    assert all(low < x < high for line in ax.lines for x in line.get_xdata())
-    assert "7.19 ± 13.26 \N{RIGHTWARDS ARROW}" in {text.get_text() for text in ax.texts}
+    assert [text.get_text() for text in ax.texts] == ["+70.10 (+69.85 to +70.35) \N{RIGHTWARDS ARROW}"]
 
 
 def test_a_row_is_its_seeds_mean_and_interval_or_written_at_the_edge(setting: Setting) -> None:
@@ -585,13 +578,13 @@ def test_every_kind_of_figure_is_there_with_n_and_the_setting(df: pd.DataFrame) 
         n = "seed 0" if short == "matrices" else "n = 3 to 4 " if short in uneven else "n = 4 "
         assert n in caption and "Setting: digits (here), mlp with 1 hidden layer of 8" in caption, name
     captions = {name.partition("/")[2]: caption for name, caption, _ in drawn}
-    assert (
-        "of 2 networks PermAVG T = 0.1 from matched; of 3 networks PermAVG T = 0.1 from matched"
-        in captions["differences"]
-    )
+    assert "(of 2 networks PermAVG T = 0.1 from matched, best of 3; of 3 networks" in captions["differences"]
     assert "None of the 36 intervals is corrected" in captions["differences"]
     assert "35.00 ± 0.00 as they are" in captions["barriers"]
-    assert "of all in this setting, the largest error of a row's sum is 0.006." in captions["matrices"]
+    assert (
+        "of these runs, in all their members and layers, a row's sum is at most 0.006 away from it."
+        in captions["matrices"]
+    )
     assert captions["training"].count("The longer single network, with epochs of its own, is not drawn.") == 1
     assert "3 extra epochs, batches" in captions["size"]  # not those of the longer network
 

@@ -155,9 +155,8 @@ def test_each_cell_is_compared_with_what_it_must_be(results: Path) -> None:
         ],
         "within": [("all: whole", "less single network")],
         "between": [
-            *((f"{cell}", "less deep ensemble of 4") for cell in (
-                "early: whole", "all: whole", "all: scaled", "all: part", "all: same size",
-            )),
+            *((f"{cell}", "less deep ensemble of 4") for cell in ("early: whole", "all: whole", "all: scaled", "all: part")),
+            ("all: same size", "plain network, less deep ensemble of 4"),
             ("all: whole", "less plain network of this size"),
             ("all: scaled", "less the same tied whole"),
             ("all: part", "less the same tied whole"),
@@ -182,9 +181,24 @@ def test_a_paired_difference_and_its_interval_are_those_of_scipy(results: Path) 
 def test_an_interval_that_leaves_0_out_is_bold_and_counted(results: Path) -> None:
     finding = ps.findings(read(results))["digits-mlp"]
     assert "| between members | early: whole | deep ensemble of 4 | **\N{MINUS SIGN}3.50 (" in finding.table
-    counted = "Tied between members, less deep ensemble of 4: test accuracy better in 0 and worse in 5 of 5; test NLL better in"
+    counted = "Tied between members, less deep ensemble of 4: test accuracy better in 0 and worse in 4 of 4; test NLL better in"
     assert any(line.startswith(counted) for line in finding.sentences)
     assert "deep ensemble of 4 90.00 ± 0.00 % (400 parameters)" in finding.sentences[1]
+
+
+def test_a_plain_network_is_in_no_tally_of_what_is_tied(results: Path) -> None:
+    setting = only(results)
+    for pair in (pair for regime in ps.REGIMES for pair in ps.comparisons(ps.cells(setting), regime)):
+        assert pair.plain == pair.kind.startswith("plain network, ") == (pair.ours.arm == "same_size")
+    sentences = ps.findings(read(results))["digits-mlp"].sentences
+    assert not any("same size" in line for line in sentences if line.startswith("Tied"))
+    plain = "Plain network as large as what is tied between members"
+    assert any(line.startswith(f"{plain}: all: same size 82.50 ± ") for line in sentences)
+    assert any(line.startswith(f"{plain}, less deep ensemble of 4: test accuracy {MINUS}7.50 (") for line in sentences)
+    for table in (ps.summarise_cells(setting), ps.summarise_differences(setting)):
+        same = table["cell"] == "all: same size"
+        assert set(table.loc[same, "tied"]) == {"nothing (sized as between members)"}
+        assert not table.loc[~same, "tied"].str.contains("sized").any()
 
 
 def test_two_seeds_state_no_interval_and_absent_references_are_named(tmp_path: Path) -> None:
@@ -195,6 +209,10 @@ def test_two_seeds_state_no_interval_and_absent_references_are_named(tmp_path: P
     assert "There is no deep ensemble to compare with." in finding.sentences[0]
     assert finding.sentences[-1].endswith("no interval is known, and none can be said to be better.")
     assert f"| within a network | all: whole | single network | {MINUS}5.00 | +0.050 |" in finding.table
+    with figure.style():
+        captions = {name.partition("/")[2]: caption for name, caption, _ in ps.figures(read(tmp_path))}
+    for name in ("degree", "calibration", "throughput", "differences_within"):
+        assert "95 %" not in captions[name] and "n = 2 " in captions[name]
 
 
 def test_every_kind_of_figure_is_there_with_n_and_the_setting(results: Path) -> None:
@@ -238,7 +256,7 @@ def test_time_is_of_one_device(tmp_path: Path) -> None:
         drawn = {name.partition("/")[2]: (caption, drawing) for name, caption, drawing in ps.figures(read(tmp_path))}
     for name in ("cost", "throughput"):
         caption, drawing = drawn[name]
-        assert "Measured on cpu; runs on other devices are left out" in caption and "n = 3 seeds" in caption
+        assert "Measured on cpu; runs on other devices are left out." in caption and "n = 3 seeds" in caption
         drawn_in = {line.get_color() for ax in drawing.axes for line in ax.lines if len(line.get_xdata())}
         assert ps.ARMS["whole"].colour not in drawn_in
 

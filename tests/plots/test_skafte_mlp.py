@@ -22,7 +22,7 @@ from scripts.skafte_mlp import CURVE, Config
 
 ROOT = Path(__file__).parents[2]
 X = np.linspace(0, 10, 5)
-MINUS, STEPS = "\N{MINUS SIGN}", "5 \N{MULTIPLICATION SIGN} steps"
+MINUS, TIMES, STEPS = "\N{MINUS SIGN}", "\N{MULTIPLICATION SIGN}", "5 \N{MULTIPLICATION SIGN} steps"
 METHODS = ["single network", f"single network, {STEPS}", "deep ensemble", "BatchEnsemble"]
 
 
@@ -128,15 +128,15 @@ def test_members_are_named_only_where_they_differ(results: Path) -> None:
     ]  # fmt: skip
 
 
-def test_comparisons_are_in_one_regime_less_both_single_networks_and_the_deep_ensemble(results: Path) -> None:
+def test_comparisons_are_in_one_regime_with_both_single_networks_and_the_deep_ensemble(results: Path) -> None:
     setting = sk.settings(read(results))[1]
     single, longer, deep, shared = METHODS
-    minus = f"\n{MINUS} "
-    expected = [f"{single}, split{minus}{single}, repeat"]
+    against = "\nagainst "
+    expected = [f"{single}, split{against}{single}, repeat"]
     for regime in ("repeat", "split"):
-        expected += [f"{ours}, {regime}{minus}{single}, {regime}" for ours in (longer, deep, shared)]
-        expected += [f"{ours}, {regime}{minus}{longer}, {regime}" for ours in (deep, shared)]
-        expected.append(f"{shared}, {regime}{minus}{deep}, {regime}")
+        expected += [f"{ours}, {regime}{against}{single}, {regime}" for ours in (longer, deep, shared)]
+        expected += [f"{ours}, {regime}{against}{longer}, {regime}" for ours in (deep, shared)]
+        expected.append(f"{shared}, {regime}{against}{deep}, {regime}")
     assert sorted(label for label, _, _ in sk.comparisons(setting.arms)) == sorted(expected)
 
 
@@ -148,14 +148,14 @@ def test_a_longer_single_network_is_compared_with_only_as_many_members_as_it_has
             write(tmp_path, 2.0, method=method, ensemble_size=size)
         write(tmp_path, 2.0, method="single", ensemble_size=size, epochs=1250)
     (setting,) = sk.settings(read(tmp_path))
-    minus = f"\n{MINUS} single network, "
+    against = "\nagainst single network, "
     times = f"{STEPS}, split, ensemble_size "
     assert {label for label, _, _ in sk.comparisons(setting.arms)} == {
-        f"single network, {times}5{minus}split, ensemble_size 5",
-        f"single network, {times}10{minus}split, ensemble_size 10",
-        f"BatchEnsemble, split, ensemble_size 5{minus}split, ensemble_size 5",
-        f"BatchEnsemble, split, ensemble_size 5{minus}{times}5",
-        f"BatchEnsemble, split, ensemble_size 10{minus}split, ensemble_size 10",
+        f"single network, {times}5{against}split, ensemble_size 5",
+        f"single network, {times}10{against}split, ensemble_size 10",
+        f"BatchEnsemble, split, ensemble_size 5{against}split, ensemble_size 5",
+        f"BatchEnsemble, split, ensemble_size 5{against}{times}5",
+        f"BatchEnsemble, split, ensemble_size 10{against}split, ensemble_size 10",
     }
 
 
@@ -170,8 +170,77 @@ def test_a_paired_difference_and_its_interval_are_those_of_scipy(results: Path) 
         assert (found.mean - found.half, found.mean + found.half) == pytest.approx(tuple(interval))
         assert found.pairs == 4 and not found.shown
     table = sk.summarise_differences(setting)
-    row = table[(table["difference"] == f"BatchEnsemble, repeat {MINUS} single network, repeat")].iloc[1]
-    assert row["of"] == "NLL (nats)" and row["inside"].startswith(f"+0.050 ({MINUS}0.15")
+    row = table[(table["methods"] == "BatchEnsemble, repeat against single network, repeat")].iloc[0]
+    assert row["compared"] == "difference of RMSE (units of y)"
+    assert row["inside"] == f"+0.100 ({MINUS}0.311 to +0.511)"
+
+
+def test_nll_is_compared_by_the_ratio_of_excess_with_the_interval_of_its_logarithm(tmp_path: Path) -> None:
+    factors = 0.5 * np.exp([-0.2, 0.1, 0.3, -0.2])  # their geometric mean is a half
+    for seed, excess in enumerate((1.0, 2.0, 4.0, 8.0)):
+        write(tmp_path, 0.5 + excess, method="single", seed=seed)
+        write(tmp_path, 0.5 + excess * factors[seed], seed=seed)
+    (setting,) = sk.settings(read(tmp_path))
+    half = 3.182446 * np.sqrt((0.2**2 + 0.1**2 + 0.3**2 + 0.2**2) / 3) / 2  # the t of 3 degrees of freedom
+    low, high = 0.5 * np.exp(-half), 0.5 * np.exp(half)
+    row = sk.summarise_differences(setting).iloc[1]
+    assert row["compared"] == "ratio of excess NLL"
+    assert row["inside"] == f"**{TIMES} 0.50 ({low:.2f} to {high:.2f})**" == f"**{TIMES} 0.50 (0.34 to 0.74)**"
+    with figure.style():
+        ax = sk.draw_differences(
+            sk.comparisons(setting.arms), figure.new_figure(3, 2).add_subplot(), split="test", measure=sk.RATIO
+        )
+    assert ax.get_xscale() == "log" and ax.get_xlim()[0] < factors.min() and ax.get_xlim()[1] > 1
+    dots, diamond, one = ax.lines[0], *(line for line in ax.lines if line.get_marker() in ("D", "None"))
+    assert dots.get_xdata() == pytest.approx(factors)
+    assert diamond.get_xdata() == pytest.approx([0.5]) and list(one.get_xdata()) == [1, 1]
+    (bar,) = ax.collections
+    assert bar.get_segments()[0][:, 0] == pytest.approx([low, high], rel=1e-4)
+
+
+def test_what_is_higher_in_nineteen_of_twenty_seeds_is_shown_though_one_of_them_makes_the_mean(tmp_path: Path) -> None:
+    factors = [0.8, *np.linspace(2, 6, 18), 500.0]
+    for seed, factor in enumerate(factors):
+        write(tmp_path, 0.7, method="single", seed=seed)
+        write(tmp_path, 0.5 + 0.2 * factor, seed=seed)
+    (setting,) = sk.settings(read(tmp_path))
+    single, ours = (sk.of_region(arm, "test") for arm in setting.arms)
+    assert not difference(ours, single, "nll").shown
+    assert sk.summarise_signs([setting])[["lower", "higher"]].iloc[0].tolist() == [0, 1]
+    mean = stats.gmean(factors)
+    assert sk.summarise_differences(setting)["inside"].iloc[1].startswith(f"**{TIMES} {mean:.2f} (")
+
+
+def test_where_some_excess_is_not_positive_nll_is_compared_in_nats(tmp_path: Path) -> None:
+    for seed in range(3):
+        for variance, low in (("constant", 1.0), ("predicted", 0.45)):  # that of the truth is 0.5
+            write(tmp_path, 2.0, method="single", variance=variance, seed=seed)
+            write(tmp_path, low + 0.1 * seed, variance=variance, seed=seed)
+    ratio, nats = joined = sk.settings(read(tmp_path))
+    assert sk.compared(ratio) == ("rmse", sk.RATIO) and sk.compared(nats) == ("rmse", "nll")
+    row = sk.summarise_differences(nats).iloc[1]
+    assert row["compared"] == "difference of NLL (nats)"
+    assert row["inside"] == f"**{MINUS}1.450 ({MINUS}1.698 to {MINUS}1.202)**"
+    assert sk.summarise_signs(joined)["lower"].tolist() == [2, 2, 2]
+    found = sk.findings(read(tmp_path))
+    assert "in dtu-predicted, where some excess is not positive" in found["all"].sentences[0]
+    assert "ratio" in found["dtu-constant"].table and "leaves 1 out" in found["dtu-constant"].sentences[-1]
+    assert "leaves 1 out" not in found["dtu-predicted"].sentences[-1]
+    with figure.style():
+        drawn = {name: (caption, drawing) for name, caption, drawing in sk.figures(read(tmp_path))}
+    caption, drawing = drawn["dtu-predicted/differences"]
+    assert "ratio" not in caption and drawing.axes[3].get_xscale() == "linear"
+    assert [ax.get_xlabel() for ax in drawing.axes[::3]] == [
+        "difference of RMSE\n(units of y)", "difference of NLL\n(nats)",
+    ]  # fmt: skip
+    caption, drawing = drawn["dtu-constant/differences"]
+    assert "axis of ratios is logarithmic" in caption and drawing.axes[3].get_xscale() == "log"
+    assert drawing.axes[3].get_xlabel() == "ratio of excess NLL"
+
+
+def test_a_zero_has_no_sign() -> None:
+    assert sk._interval(np.array([-0.0001, -0.002, 0.0004]), 3, "+") == f"0.000 ({MINUS}0.002 to 0.000)"
+    assert sk._interval(np.array([-0.001, np.nan, np.nan]), 2) == "0.00"
 
 
 def test_two_seeds_state_no_interval(tmp_path: Path) -> None:
@@ -182,7 +251,15 @@ def test_two_seeds_state_no_interval(tmp_path: Path) -> None:
     ours, single = (sk.of_region(arm, "test") for arm in (setting.arms[1], setting.arms[0]))
     found = difference(ours, single, "nll")
     assert found.pairs == 2 and np.isnan(found.half) and not found.shown
-    assert sk.summarise_differences(setting)["inside"].tolist() == [f"{MINUS}3.000", f"{MINUS}1.500"]
+    # excess of 1.5 and 2.5, and of 0.5
+    assert sk.summarise_differences(setting)["inside"].tolist() == [f"{MINUS}3.000", f"{TIMES} 0.26"]
+    finding = sk.findings(read(tmp_path))["dtu-predicted"]
+    with figure.style():
+        captions = {name: caption for name, caption, _ in sk.figures(read(tmp_path))}
+    for text in (*captions.values(), *finding.sentences, finding.table):
+        assert "Student" not in text and "leaves" not in text.replace("leaves the", "")
+    assert "no interval is drawn of fewer than 3 paired seeds" in captions["dtu-predicted/differences"]
+    assert sk.summarise_signs([setting]).empty
 
 
 def test_what_has_no_seed_in_common_is_not_compared(tmp_path: Path) -> None:
@@ -218,9 +295,11 @@ def test_how_far_each_method_is_from_the_truth_and_where_a_difference_is_shown_j
     assert signs[["settings", "lower", "higher"]].to_numpy().tolist() == [[2, 1, 1]] * 3
     found = sk.findings(read(tmp_path))
     assert list(found) == ["all", "dtu-constant", "dtu-predicted"]
-    assert found["all"].sentences[1] == (
-        "NLL of the BatchEnsemble, split: less the single network, split, lower in 3 and higher in 3 of 6."
-    )
+    head, *bullets = found["all"].sentences
+    assert f"2 settings {TIMES} 3 regions = 6 comparisons" in head and "in nats" not in head
+    assert bullets == [
+        "BatchEnsemble, split: lower excess NLL than the single network, split in 3 of 6 comparisons, higher in 3."
+    ]
     assert "of 2: 1 lower, 1 higher" in found["all"].table and "Drawn from 16 runs" in found["all"].provenance
 
 
@@ -230,7 +309,7 @@ def test_every_seed_is_drawn_and_n_is_in_every_caption(results: Path) -> None:
     names = ("predictions", "measures", "coverage", "differences", "differences_longer")
     assert {"all/nll", *(f"dtu-predicted/{name}" for name in names)} <= set(drawn)
     for name, (caption, _) in drawn.items():
-        assert ("n = 1" if name.endswith("predictions") else "n = 4 seeds") in caption
+        assert ("n = 1" if name.endswith("predictions") else f"n = 4 {'paired ' * ('diff' in name)}seeds") in caption
         assert "Setting" in caption and "50 training points" in caption
     ax = drawn["dtu-predicted/measures"][1].axes[3]  # excess NLL inside
     assert ax.get_xscale() == "log"
@@ -259,18 +338,6 @@ def test_an_excess_that_is_not_positive_everywhere_has_no_logarithmic_axis(tmp_p
     assert "logarithmic" not in caption
     for ax in drawing.axes:
         assert ax.get_xscale() == "linear" and ax.get_xlim()[0] < min(line.get_xdata().min() for line in ax.lines)
-
-
-def test_a_difference_of_more_than_ten_has_an_axis_on_which_small_ones_are_seen_too(results: Path) -> None:
-    write(results, 2000.0, method="single", regime="split", seed=4, epochs=1250)
-    write(results, 2.0, seed=4)
-    setting = sk.settings(read(results))[1]
-    pairs = [pair for pair in sk.comparisons(setting.arms) if pair[2].label == f"single network, {STEPS}, split"]
-    with figure.style():
-        for far, scale in (((), "linear"), (("rmse",), "linear"), (("nll",), "symlog")):
-            ax = figure.new_figure(3, 2).add_subplot()
-            sk.draw_differences(pairs, ax, split="test", measure="nll", far=far)
-            assert ax.get_xscale() == scale and ax.get_xlim()[0] < -1998
 
 
 def test_predictions_show_each_member_the_band_the_points_and_the_gap(results: Path) -> None:
