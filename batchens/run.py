@@ -153,6 +153,8 @@ class Run:
                     os.link(ours, self.claim)  # at once and whole, or not at all; on NFS too
                     return owner
                 other = read_json(self.claim)
+                if other == owner:
+                    return owner  # NFS lost the answer to our link and asked again
                 if not other:
                     continue  # its holder has just finished
                 if owner_alive(other, for_job=owner["job_id"]):

@@ -24,7 +24,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, replace
 from datetime import UTC, datetime, timedelta
-from typing import Annotated, Any
+from typing import Annotated
 
 import tyro
 from tqdm import tqdm
@@ -34,6 +34,7 @@ from batchens.run import Folders, Run, guarded
 from jobs import clusters, experiments, schedulers, states
 from jobs.clusters import Cluster
 from jobs.logs import show as show_log
+from jobs.lsf import ranges
 from jobs.schedulers import Job, Unreachable
 from jobs.states import ALIVE, RETRIED, STATES, RunState, counts, look
 from jobs.submission import cancel as cancel_runs
@@ -86,7 +87,8 @@ def submit(
     """Submit the runs of a grid that have no result and are not alive; return when the scheduler has them.
 
     Args:
-        max_parallel: runs at once; on this machine by default one for each GPU, else one for each core, at most 4
+        max_parallel: runs of this submission at once; by default as many as a cluster lets, and on this machine one for
+            each GPU, else one for each core, at most 4
         runs_per_job: runs that one array element does, one after another in one process
         dry_run: show what would be submitted, with the script, and submit nothing
     """
@@ -117,7 +119,7 @@ def retry(
     Args:
         state: what to submit again, of failed, timeout, memory, cancelled, lost and damaged
         cluster: where to; by default where it was last
-        max_parallel: runs at once
+        max_parallel: runs of this submission at once
         runs_per_job: runs that one array element does, one after another in one process
         dry_run: show what would be submitted, with the script, and submit nothing
     """
@@ -177,7 +179,7 @@ def _hand_over(
 
 def _mention_held(states: list[RunState]) -> None:
     if held := [state for state in states if state.held]:
-        jobs = _ranges(sorted({one.job_id for one in held}))
+        jobs = _ranges({one.job_id for one in held})
         runs = f"{len(held)} cancelled run{'s' * (len(held) != 1)}"
         print(f"{runs} can be submitted when what they were in has ended: {jobs}")
 
@@ -252,7 +254,7 @@ def logs(
     """
     run_id, config = experiments.find(experiment, name, grid)
     patient = _Patient()
-    show_log(lambda: _look_at(folders, experiment, {run_id: config}, patient)[0], follow)
+    show_log(lambda: look(folders, experiment, {run_id: config}, patient)[0], follow)
 
 
 def run(
@@ -345,32 +347,33 @@ def doctor(
 
 
 class _Patient:
-    """Asks a scheduler at most every 30 s, however often the files are looked at."""
+    """Asks a scheduler at most every 30 s, however often the files are looked at.
+
+    Where it does not answer, says so once and takes its jobs for alive.
+    """
 
     seconds = 30.0
 
     def __init__(self) -> None:
         self._answers: dict[str, tuple[float, dict[str, Job]]] = {}
+        self._said = ""
 
     def __call__(self, scheduler: str, jobs: Mapping[str, float]) -> dict[str, Job]:
         when, answers = self._answers.get(scheduler, (0.0, {}))
         if time.monotonic() - when > self.seconds or not jobs.keys() <= answers.keys():
-            answers = states.ask(scheduler, jobs)
+            try:
+                answers = states.ask(scheduler, jobs)
+            except Unreachable as error:
+                answers = dict.fromkeys(jobs, Job("running", told=False))
+                if (said := f"the scheduler can't be asked, so its jobs are taken for alive: {error}") != self._said:
+                    print(said, file=sys.stderr)
+                self._said = said
             self._answers[scheduler] = (time.monotonic(), answers)
         return {job: answers[job] for job in jobs}
 
 
-def _look(folders: Folders, experiment: str, grid: str | None, ask: states.Ask = states.ask) -> list[RunState]:
-    return _look_at(folders, experiment, experiments.runs_of(experiment, grid), ask)
-
-
-def _look_at(folders: Folders, experiment: str, configs: Mapping[str, Any], ask: states.Ask) -> list[RunState]:
-    """Look at runs; where the scheduler does not answer, say so and take its jobs for alive."""
-    try:
-        return look(folders, experiment, configs, ask)
-    except Unreachable as error:
-        print(f"the scheduler can't be asked, so its jobs are taken for alive: {error}", file=sys.stderr)
-        return look(folders, experiment, configs, lambda name, jobs: dict.fromkeys(jobs, Job("running", told=False)))
+def _look(folders: Folders, experiment: str, grid: str | None, patient: _Patient | None = None) -> list[RunState]:
+    return look(folders, experiment, experiments.runs_of(experiment, grid), patient or _Patient())
 
 
 def _watch(folders: Folders, experiment: str, grid: str | None) -> list[RunState]:
@@ -490,12 +493,15 @@ def _duration(seconds: float) -> str:
 
 
 def _ranges(jobs: Iterable[str]) -> str:
-    """Return jobs in short: `12_0-99, 13_0-99`."""
-    arrays: dict[str, list[str]] = {}
+    """Return jobs in short: `12_0-99, 13_2,7-9`."""
+    arrays: dict[str, list[int]] = {}
     for job in jobs:
         parent, _, index = job.partition("_")
-        arrays.setdefault(parent, []).append(index)
-    return ", ".join(f"{one}_{i[0]}-{i[-1]}" if len(i) > 1 else one for one, i in arrays.items())
+        arrays.setdefault(parent, []).extend([int(index)] if index else [])
+    return ", ".join(
+        f"{array}_{','.join(ranges(sorted(arrays[array])))}" if arrays[array] else array
+        for array in sorted(arrays, key=lambda array: (len(array), array))  # a local run's may have no id yet
+    )
 
 
 def _options(grid: str | None, folders: Folders) -> str:

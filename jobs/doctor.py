@@ -192,7 +192,8 @@ def ask_submission(report: Report, scheduler: Scheduler, folders: Folders) -> No
     if scheduler.name != "slurm":
         report.tell("options", "all known; whether the site takes them only a submission shows")
         return
-    ran = ask("sbatch", "--test-only", text=script)
+    with schedulers.outside():
+        ran = ask("sbatch", "--test-only", text=script)
     report.tell("options", "accepted by sbatch --test-only" if ran.code == 0 else ran.text)
     if ran.code != 0:
         report.doubts.append("sbatch does not take the preset")
@@ -387,7 +388,7 @@ def run_probe(report: Report, scheduler: Scheduler, folders: Folders, consent: b
     name, names, told = f"doctor-{place.name}", list[str](), dict[str, Job]()
     executor = scheduler.executor(place, cluster, name)
     try:
-        with executor.batch():
+        with schedulers.outside(), executor.batch():
             waits = executor.submit(Waits(scheduler.name, place, 60 * minutes + 180))
             exits = executor.submit(Exits(scheduler.name, place))
         names = [waits.job_id, exits.job_id]

@@ -13,7 +13,7 @@ from types import FrameType, ModuleType
 
 from submitit.core.utils import DelayedSubmission, UncompletedJobError
 
-from batchens.run import Cancelled, Folders, InUse, Run, born
+from batchens.run import Cancelled, Folders, InUse, Run, born, read_json
 from jobs import experiments
 
 BEGIN = "=== run "  # begins a run's part of its element's log
@@ -140,11 +140,12 @@ def _take(ticket: Path) -> bool:
     """Take an element for this worker, or say that another has; the ticket names who."""
     pid = os.getpid()
     ours = ticket.with_name(f".{ticket.name}.{pid}.tmp")
-    ours.write_text(json.dumps({"host": socket.gethostname(), "pid": pid, "born": born(pid), "job_id": ""}))
+    owner = {"host": socket.gethostname(), "pid": pid, "born": born(pid), "job_id": ""}
+    ours.write_text(json.dumps(owner))
     try:
         os.link(ours, ticket)
     except FileExistsError:
-        return False
+        return read_json(ticket) == owner  # it is ours when NFS lost its first answer and asked again
     finally:
         ours.unlink()
     return True

@@ -1,5 +1,6 @@
 """The log of one run: its part of what its array element, or its worker here, has printed."""
 
+import math
 import sys
 import time
 from collections.abc import Callable
@@ -11,6 +12,9 @@ from jobs import lsf
 from jobs.element import BEGIN
 from jobs.states import ALIVE, RunState, submissions
 
+PEEK_S = 30  # between two calls of bpeek, which asks the job's node
+_peeked: dict[str, tuple[float, str]] = {}
+
 
 def show(look: Callable[[], RunState], follow: bool) -> None:
     """Print the log of a run, and the error that it ended with; with `follow`, until it is no longer alive.
@@ -19,15 +23,18 @@ def show(look: Callable[[], RunState], follow: bool) -> None:
         ValueError: it has none; the text says why.
     """
     state = look()
-    shown, head = 0, ""
+    shown, head, over = 0, "", False
     while True:
         text = of_run(state)
-        if text.partition("\n")[0] != head:  # a requeued run begins a new part
-            shown, head = 0, text.partition("\n")[0]
-        print(text[shown:], end="", flush=True)
-        shown = len(text)
-        if not follow or state.state not in ALIVE:
+        begin = text.partition("\n")[0]
+        if begin > head:  # a requeued run begins a new part; the line has the time
+            shown, head = 0, begin
+        if begin == head:
+            print(text[shown:], end="", flush=True)
+            shown = len(text)
+        if not follow or over:
             break
+        over = state.state not in ALIVE  # then once more: a run's last lines come after its result
         time.sleep(1)
         state = look()
     if state.run.failure.exists():
@@ -40,16 +47,25 @@ def show(look: Callable[[], RunState], follow: bool) -> None:
 
 def of_run(state: RunState) -> str:
     """Return the last part of the newest log that is about this run; '' when there is none yet."""
-    for path in reversed(_files(state)):
-        parts = path.read_text(errors="replace").split(BEGIN)
-        for part in reversed(parts[1:]):
-            if part.startswith(state.run.id):
-                return BEGIN + part
+    parts = (_part(path.read_text(errors="replace"), state.run.id) for path in reversed(_files(state)))
+    text = next(filter(None, parts), "")
     record = state.submission
-    if record and record.scheduler == "lsf" and state.state == "running":  # LSF may keep it until the job ends
-        said = lsf.run(["bpeek", lsf.lsf_id(state.job_id)]).out
-        return BEGIN + said.rpartition(BEGIN)[2] if BEGIN + state.run.id in said else said
-    return ""
+    if record and record.scheduler == "lsf" and state.state == "running":
+        # LSF may write logs only when a job ends or is requeued; of two attempts the later begins with the greater line
+        text = max(text, _part(_peek(state.job_id), state.run.id))
+    return text
+
+
+def _part(text: str, run_id: str) -> str:
+    return next((BEGIN + part for part in reversed(text.split(BEGIN)[1:]) if part.startswith(f"{run_id},")), "")
+
+
+def _peek(job_id: str) -> str:
+    when, said = _peeked.get(job_id, (-math.inf, ""))
+    if time.monotonic() - when > PEEK_S:
+        said = lsf.run(["bpeek", lsf.lsf_id(job_id)]).out
+        _peeked[job_id] = time.monotonic(), said
+    return said
 
 
 def _files(state: RunState) -> list[Path]:

@@ -96,8 +96,9 @@ class LsfParameters:
     array_limit: int = 1000
     """the site's MAX_JOB_ARRAY_SIZE [IBM: 1000 by default]; more elements are cut into several arrays"""
     requeue_exit_code: int | None = None
-    """-Q: LSF requeues a job that ends so, seen at the time limit of [lean] by a queue's REQUEUE_EXIT_VALUES, elsewhere
-    [unverified]; None: the job calls `brequeue`, which the nodes must then have"""
+    """-Q: LSF requeues a job that ends so, at the top of its queue [IBM: LSB_REQUEUE_TO_BOTTOM]; seen at the time limit
+    of [lean] by a queue's REQUEUE_EXIT_VALUES, elsewhere [unverified]; None: the job calls `brequeue`, which the nodes
+    must then have, and waits behind the other jobs of its priority [IBM]"""
     warning_min: int | None = None
     """-wt with -wa: minutes before the limit at which `warning_signal` is sent; None: SIGUSR2 at the limit"""
     warning_signal: str = "USR2"
@@ -130,7 +131,7 @@ class LsfParameters:
         check("a whole number of at least 1", whole(1), "timeout_min", "cpus_per_task", "array_limit")
         check("a whole number of at least 1, or None", none_or(whole(1)), "array_parallelism", "warning_min")
         check("1: one task on one node is all that is supported", whole(1, 1), "nodes", "tasks_per_node")
-        check("from 1 to 125, or None", none_or(whole(1, 125)), "requeue_exit_code")
+        check("from 3 to 125, or None", none_or(whole(3, 125)), "requeue_exit_code")  # 1 and 2 are how failures end
         check("a number above 0, or None", none_or(lambda v: isinstance(v, int | float) and v > 0), "mem_gb")
         check("'per_core' or 'per_job'", text("per_core|per_job"), "mem_mode")
         check("'MB' or ''", text("MB|"), "mem_unit")
@@ -203,7 +204,8 @@ _OLDEST = ("-w",)  # the default columns
 _REFUSED_FORM = re.compile(r"valid field|invalid option|illegal option|unrecognized|usage:", re.IGNORECASE)
 _NOT_THERE = re.compile(r"is not found|no matching job|no (unfinished |matching )?job found", re.IGNORECASE)
 _ELEMENT = re.compile(r"\[(\d+)\]$")
-_COLUMNS = re.compile(r"(?P<job>\d+)\s+\S+\s+(?P<stat>[A-Z]+)\s(?:.*\[(?P<index>\d+)\]\s)?")
+_ID = re.compile(r"\d+(\[\d+\])?")  # 12[3] of an element where LSB_BJOBS_DISPLAY_ENH=Y [IBM]
+_COLUMNS = re.compile(rf"(?P<job>{_ID.pattern})\s+\S+\s+(?P<stat>[A-Z]+)\s(?:.*\[(?P<index>\d+)\]\s)?")
 
 Info = dict[str, str]
 
@@ -225,7 +227,10 @@ def lsf_id(job_id: str) -> str:
     return f"{parent}[{index}]" if index else parent
 
 
-def _info(parent: str, index: str, stat: str, code: str = "", host: str = "", reason: str = "") -> tuple[str, Info]:
+def _info(job: str, index: str, stat: str, code: str = "", host: str = "", reason: str = "") -> tuple[str, Info]:
+    parent, _, own = job.strip().rstrip("]").partition("[")
+    index = own or index.strip()
+    host = re.sub(r"^\d+\*|:.*", "", host)  # of several cores: 4*n-62-1, or the host once for each; it is one host
     job_id = f"{parent}_{index}" if index not in ("", "0", "-") else parent
     values = {"JobID": job_id, "Stat": stat, "ExitCode": code, "NodeList": host, "ExitReason": reason}
     return job_id, {name: "" if value.strip() == "-" else value.strip() for name, value in values.items()}
@@ -247,7 +252,7 @@ def read_bjobs(text: str) -> dict[str, Info]:
     found: dict[str, Info] = {}
     for line in text.splitlines():
         row = line.split("^", 5)
-        if len(row) == 6 and row[0].strip().isdigit():
+        if len(row) == 6 and _ID.fullmatch(row[0].strip()):
             found.update([_info(*row)])
         elif columns := _COLUMNS.match(line):
             found.update([_info(columns["job"], columns["index"] or "", columns["stat"])])
@@ -275,10 +280,9 @@ def read_history(text: str) -> dict[str, Info]:
         number = re.search(r"bysignal(\d+)", body[events[-1].start() :])
         said = body[starts[-1] if starts else 0 :]
         reasons = re.findall(r"TERM_[A-Z_]+|Signal<(?:KILL|TERM|INT)>requestedby", said)
-        parent, _, index = name.rstrip("]").partition("[")
         job_id, info = _info(
-            parent,
-            index,
+            name,
+            "",
             "DONE" if done else "EXIT" if exited else "RUN",
             code.group(1) if code else str(128 + int(number.group(1))) if number else "",
             reason=reasons[-1].replace("requestedby", " requested by user or administrator") if reasons else "",
@@ -432,16 +436,17 @@ def exit_reason(info: Mapping[str, str], text: str = "") -> ExitReason:
     """Tell why a job without a result ended, from what LSF says of it (`LsfJob.get_info()`) and the text of its log.
 
     LSF's own word counts most, in `info` or in the report that it adds to the log; then the exit code (128 + the
-    signal); then what submitit and the shell wrote. Exit code 137 alone is `killed`: by the node, short of memory, or by
-    the last step of a bkill. An `error` is the program's own, and has the end of its log.
+    signal); then what submitit and the shell wrote. `killed` is a word that says less (TERM_PREEMPT, TERM_LOAD), or
+    exit code 137 alone: by the node, short of memory, or by the last step of a bkill. An `error` is the program's own,
+    and has the end of its log.
     """
     said = info.get("ExitReason", "")
     reports = re.findall(r"^TERM_[A-Z_]+: .*", text, re.MULTILINE)  # one for each attempt
-    for words in (said, *reports[-1:]):
-        term = re.search(r"TERM_[A-Z_]+", words)
-        for kind, terms in _TERMS.items():
-            if term and term.group() in terms:
-                return ExitReason(kind, words)
+    told = next((words for words in (said, *reports[-1:]) if "TERM_" in words), "")
+    term = re.search(r"TERM_[A-Z_]+", told)
+    for kind, terms in _TERMS.items():
+        if term and term.group() in terms:
+            return ExitReason(kind, told)
     stat, code, host = (info.get(name, "") for name in ("Stat", "ExitCode", "NodeList"))
     if info.get("State") == "LOST":
         return ExitReason("lost", said)
@@ -450,12 +455,12 @@ def exit_reason(info: Mapping[str, str], text: str = "") -> ExitReason:
     attempts = sorted((line["when"], bool(line["late"])) for line in _ATTEMPT.finditer(text))
     if code == "140" or (attempts and attempts[-1][1]) or "not requeued because: timed-out" in text:
         return ExitReason("time limit", "ended by SIGUSR2, which LSF sends at the time limit")
-    if "requested by user" in said or code in ("130", "143"):
+    if "requested by user" in said or (code in ("130", "143") and not told):  # LSF ends by these signals itself, too
         return ExitReason("cancelled", said or f"exit code {code}: ended by the signals of bkill")
     if stat == "EXIT" and not code and not host and not text:
         return ExitReason("cancelled", "no exit code, no host and no log: killed before it was started")
-    if code == "137":
-        return ExitReason("killed", "SIGKILL: by the node, short of memory, or by a bkill that took long")
+    if told or code == "137":
+        return ExitReason("killed", told or "SIGKILL: by the node, short of memory, or by a bkill that took long")
     tail = "\n".join(_REPORT.sub("", text).rstrip().splitlines()[-20:])
     return ExitReason("error", "\n".join(filter(None, (said, f"exit code {code or 'unknown'} ({stat})", tail))))
 
@@ -478,16 +483,27 @@ def cancel(job_ids: Iterable[str], check: bool = True) -> None:
         if 0 in indices:
             targets.append(parent)
         else:
-            targets += [f"{parent}[{','.join(some)}]" for some in batches(list(_ranges(sorted(indices))), 50)]
-    harmless = re.compile(r"already finished|no matching job|is not found|operation is in progress", re.IGNORECASE)
+            targets += [f"{parent}[{','.join(some)}]" for some in batches(list(ranges(sorted(indices))), 50)]
     for batch in batches(targets, 200):
-        ran = run(["bkill", *batch])
-        problems = [line for line in ran.err.splitlines() if line.strip() and not harmless.search(line)]
-        if check and ran.code != 0 and (problems or not ran.err.strip()):
-            raise RuntimeError(f"bkill failed for {' '.join(batch)}:\n{ran.text or f'exit code {ran.code}'}")
+        _bkill(batch, check)
 
 
-def _ranges(indices: Sequence[int]) -> Iterator[str]:
+def cancel_named(name: str) -> None:
+    """Kill the jobs of a name, which may end in `*`. There may be none; otherwise as `cancel`."""
+    _bkill(["-J", name, "0"])
+
+
+_HARMLESS = re.compile(rf"already finished|operation is in progress|{_NOT_THERE.pattern}", re.IGNORECASE)
+
+
+def _bkill(what: Sequence[str], check: bool = True) -> None:
+    ran = run(["bkill", *what])
+    problems = [line for line in ran.err.splitlines() if line.strip() and not _HARMLESS.search(line)]
+    if check and ran.code != 0 and (problems or not ran.err.strip()):
+        raise RuntimeError(f"bkill failed for {' '.join(what)}:\n{ran.text or f'exit code {ran.code}'}")
+
+
+def ranges(indices: Sequence[int]) -> Iterator[str]:
     first = last = indices[0]
     for index in [*indices[1:], None]:
         if index == last + 1:
@@ -760,14 +776,25 @@ class LsfExecutor(core.PicklingExecutor):
         raise utils.FailedSubmissionError(f"bsub did not take {script}:\n{problem}")
 
     def _find(self, name: str, problem: str) -> str | None:
-        """Return the id of the job with this name, or None when bjobs says that there is none."""
+        """Return the id of the job with this name, or None when there is none.
+
+        bjobs may be answered from a copy that is some minutes old [IBM: MBD_REFRESH_TIME], so its no is made sure by
+        bkill, which mbatchd itself answers.
+        """
         for wait in (*self.bsub_retry_s, 0.0):
             answer = LsfJob.watcher.query("-J", name)
-            if answer.jobs or answer.sure:
-                return next((job_id.partition("_")[0] for job_id in answer.jobs), None)
+            if answer.jobs:
+                return next(iter(answer.jobs)).partition("_")[0]
+            why = answer.problem
+            if answer.sure:
+                try:
+                    cancel_named(name)
+                    return None
+                except RuntimeError as error:
+                    why = str(error)
             time.sleep(wait)
         raise utils.FailedSubmissionError(
-            f"bsub failed:\n{problem}\nWhether the job {name} is there nevertheless could not be found out:\n{answer.problem}"
+            f"bsub failed:\n{problem}\nWhether the job {name} is there nevertheless could not be found out:\n{why}"
         )
 
     def _num_tasks(self) -> int:

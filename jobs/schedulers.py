@@ -4,12 +4,14 @@ A job that is an element of an array is called ARRAY_INDEX, as submitit and SLUR
 """
 
 import itertools
+import os
 import re
 import shutil
 import subprocess
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -122,6 +124,20 @@ def _run(command: Sequence[str], timeout: float = 60) -> subprocess.CompletedPro
 
 
 # --------------------------------------------------------------------------------------------------------- SLURM
+
+
+@contextmanager
+def outside() -> Iterator[None]:
+    """Hide the job that this process may be in: sbatch would hand its SLURM_* on to the new one, whose srun then fails.
+
+    submitit's clean_env also takes away SLURM_CONF and SBATCH_*, which are the user's.
+    """
+    own = ("SLURM_CONF", "SLURM_JWT")
+    hidden = {name: os.environ.pop(name) for name in [*os.environ] if name.startswith("SLURM_") and name not in own}
+    try:
+        yield
+    finally:
+        os.environ.update(hidden)
 
 
 class Slurm(Scheduler):
@@ -338,7 +354,8 @@ class Lsf(Scheduler):
         for job in old:
             if job in past:
                 seen[job] = self._job(past[job])
-                continue
+                if seen[job].state == "ended":
+                    continue
             parent = job.partition("_")[0]
             if parent not in gone:
                 answer = self._watcher.query(parent)
@@ -373,9 +390,10 @@ class Lsf(Scheduler):
             raise Unreachable(str(error)) from error
 
     def cancel_named(self, name: str) -> None:
-        ran = lsf.run(["bkill", "-J", f"{name}*", "0"])
-        if ran.code != 0 and not re.search("no matching|no unfinished|not found", ran.text, re.IGNORECASE):
-            raise Unreachable(f"bkill failed: {ran.text}")
+        try:
+            lsf.cancel_named(f"{name}*")
+        except RuntimeError as error:
+            raise Unreachable(str(error)) from error
 
 
 def read_queues(text: str) -> dict[str, dict[str, str]]:

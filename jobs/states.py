@@ -206,7 +206,8 @@ def _look_closer(states: list[RunState], begun: set[str], records: list[Submissi
         if there:
             state.progress = read_json(state.run.progress)
         if state.owner and _alive(state.owner, seen):
-            state.state, state.reason = "running", ""
+            job = seen.get(state.owner["job_id"])
+            state.state, state.reason = "running", job.detail if job else ""  # such as: its host can't be reached
             state.job_id, state.node = state.owner["job_id"] or state.job_id, state.owner["host"]
             continue
         if record is None:

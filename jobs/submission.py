@@ -181,7 +181,8 @@ def _submit_arrays(record: Submission, cluster: Cluster, folders: Folders, max_p
         for number, (chunk, parallel) in enumerate(chunks_of(record.elements, scheduler.array_limit(), max_parallel)):
             executor = scheduler.executor(logs, cluster, job_name(record, number), parallel)
             try:
-                jobs = executor.map_array(element, chunk)
+                with schedulers.outside():
+                    jobs = executor.map_array(element, chunk)
             except BaseException:
                 with suppress(Unreachable):  # what it took in spite of all ends by itself, for want of its pickle
                     scheduler.cancel_named(job_name(record, number))
@@ -217,8 +218,12 @@ def _mend(folders: Folders, experiment: str) -> None:
 
 
 def _release(state: RunState) -> None:
-    """Take away what a dead job left: its claim, which other hosts can't see to be dead, and the mark of a cancelled run."""
+    """Take away what a dead job left: its claim, which other hosts can't see to be dead, and the marks of how it ended.
+
+    By a disk's clock that is ahead of ours, an old failure would pass for one of the new job, which then skips the run.
+    """
     state.run.cancelled.unlink(missing_ok=True)
+    state.run.failure.unlink(missing_ok=True)
     if state.owner and read_json(state.run.claim) == state.owner:
         state.run.claim.unlink(missing_ok=True)
 

@@ -11,7 +11,7 @@ import submitit
 
 from jobs.lsf import LsfExecutor, LsfInfoWatcher, LsfJob
 
-COMMANDS = ("bsub", "bjobs", "bkill", "bhist", "bacct", "brequeue")
+COMMANDS = ("bsub", "bjobs", "bkill", "bhist", "bacct", "brequeue", "bpeek")
 
 
 class StandIn:

@@ -1,4 +1,4 @@
-"""A stand-in for LSF: bsub, bjobs, bkill, bhist, bacct and brequeue, which really run the elements of a submitted script.
+"""A stand-in for LSF: bsub, bjobs, bkill, bhist, bacct, brequeue and bpeek, which really run what is submitted.
 
 Called as `lsf_stand_in.py COMMAND ARGUMENT...` with a folder in LSF_STAND_IN. It answers as IBM's manuals say or, with the
 fault `lean`, as was recorded from a descendant of an early LSF. Faults are files in FOLDER/faults; a number in one says how
@@ -14,6 +14,7 @@ import subprocess
 import sys
 import textwrap
 import time
+from fnmatch import fnmatchcase
 from pathlib import Path
 
 ROOT = Path(os.environ["LSF_STAND_IN"])
@@ -86,7 +87,9 @@ def bsub(arguments: list[str]) -> int:
         nothing = subprocess.DEVNULL
         subprocess.Popen(command, stdin=nothing, stdout=nothing, stderr=nothing, start_new_session=True)
     if fault("hang"):
-        time.sleep(60)
+        until = time.monotonic() + 60
+        while time.monotonic() < until and not (ROOT / "stop").exists():
+            time.sleep(0.1)
     if "BSUB_QUIET" not in os.environ:
         print(f"Job <{job.name}> is submitted to queue <{options.get('-q', 'normal').split()[0]}>.")
     return 0
@@ -105,6 +108,9 @@ def serve(job: Path) -> None:
             del running[one]
             code = code if code >= 0 else 128 - code
             write(one / "code", code)
+            if (one / "output").exists():
+                with open(path_of("-o", one, options), "a") as log:
+                    log.write(f"Sender: LSF System\nThe output (if any) follows:\n\n{read(one / 'output')}")
             again = (one / "requeue").exists() or str(code) == options.get("-Q")
             write(one / "stat", "EXIT" if code else "DONE")
             if again:
@@ -128,12 +134,17 @@ def serve(job: Path) -> None:
         os.killpg(process.pid, signal.SIGKILL)
 
 
+def path_of(option: str, one: Path, options: dict[str, str]) -> str:
+    return options[option].replace("%J", one.parent.name).replace("%I", one.name)
+
+
 def start(job: Path, one: Path, options: dict[str, str]) -> subprocess.Popen:
     def opened(option: str):
-        return open(options[option].replace("%J", job.name).replace("%I", one.name), "a") if option in options else None
+        return open(path_of(option, one, options), "a") if option in options else None
 
     environment = os.environ | {"LSB_JOBID": job.name, "LSB_JOBINDEX": one.name, "LSB_HOSTS": "here"}
-    out, err = opened("-o"), opened("-e")
+    late = (ROOT / "faults" / "late_output").exists()  # as without LSB_STDOUT_DIRECT
+    out, err = open(one / "output", "w") if late else opened("-o"), opened("-e")
     process = subprocess.Popen(
         ["bash", str(job / "script")],
         stdin=subprocess.DEVNULL,
@@ -150,7 +161,8 @@ def start(job: Path, one: Path, options: dict[str, str]) -> subprocess.Popen:
 def shown(one: Path) -> str:
     """The state that bjobs prints; nothing for a job that it has forgotten."""
     stat = read(one / "stat")
-    if stat in ("DONE", "EXIT") and (ROOT / "faults" / "forgets").exists():
+    forgets = read(ROOT / "faults" / "forgets")
+    if forgets == "all" or (forgets and stat in ("DONE", "EXIT")):
         return ""
     return read(ROOT / "faults" / "shows") if stat == "RUN" and (ROOT / "faults" / "shows").exists() else stat
 
@@ -170,7 +182,7 @@ def bjobs(arguments: list[str]) -> int:
     form = rest[rest.index("-o") + 1]
     if "-J" in rest:
         name = rest[rest.index("-J") + 1]
-        jobs = [path.parent for path in ROOT.glob("*/options") if json.loads(read(path))["name"] == name]
+        jobs = [] if fault("stale") else named(name)
         rows = [(one, shown(one)) for job in jobs for one in elements(job) if shown(one)]
         lost = [] if jobs or lean else [f"Job <{name}> is not found"]
     else:
@@ -178,12 +190,13 @@ def bjobs(arguments: list[str]) -> int:
         asked = {name: elements(ROOT / name) if name.isdigit() else [element(name)] for name in names}
         rows = [(one, shown(one)) for ones in asked.values() for one in ones if shown(one)]
         lost = [f"Job <{name}> is not found" for name, ones in asked.items() if not any(map(shown, ones))]
+    enhanced = (ROOT / "faults" / "enhanced").exists()  # LSB_BJOBS_DISPLAY_ENH=Y
     if lean:
         assert form == "jobid stat exec_host job_name"
         names = [json.loads(read(one.parent / "options"))["name"] for one, _ in rows]
         records = [
             {
-                "JOBID": one.parent.name,
+                "JOBID": label(one) if enhanced else one.parent.name,
                 "STAT": stat,
                 "EXEC_HOST": "here" if (one / "pid").exists() else "-",
                 "JOB_NAME": name + (f"[{one.name}]" if one.name != "0" else ""),
@@ -196,7 +209,8 @@ def bjobs(arguments: list[str]) -> int:
     for one, stat in rows:
         code, host = read(one / "code") if stat == "EXIT" else "", "here" if (one / "pid").exists() else ""
         term = "TERM_OWNER: job killed by owner" if stat == "EXIT" and (one / "killed").exists() else ""
-        print("^".join(value or "-" for value in (one.parent.name, one.name, stat, code, host, term)))
+        name = label(one) if enhanced else one.parent.name
+        print("^".join(value or "-" for value in (name, one.name, stat, code, host, term)))
     for text in lost:
         print(text, file=sys.stderr)
     return 255 if lost else 0
@@ -227,6 +241,11 @@ def bacct(arguments: list[str]) -> int:
     return 0
 
 
+def named(pattern: str) -> list[Path]:
+    """The jobs of a name, in which a * stands for anything."""
+    return [p.parent for p in ROOT.glob("*/options") if fnmatchcase(json.loads(read(p))["name"], pattern)]
+
+
 def chosen(names: list[str]) -> list[Path]:
     found = []
     for name in names:
@@ -243,9 +262,16 @@ def send(one: Path, number: int) -> None:
 
 
 def bkill(arguments: list[str]) -> int:
+    if (ROOT / "faults" / "bkill_down").exists():
+        return say("LSF is down. Please wait ...")
     wanted = "INT"
     if arguments[0] == "-s":
         wanted, arguments = arguments[1], arguments[2:]
+    if arguments[0] == "-J":
+        assert arguments[2:] == ["0"], "without the 0 IBM kills the last job of this name alone"
+        arguments = [job.name for job in named(arguments[1])]
+        if not arguments:
+            return say("No matching job found")
     code = 0
     for name in arguments:
         if not chosen([name]):
@@ -269,6 +295,14 @@ def brequeue(arguments: list[str]) -> int:
         write(one / "requeue", "")
         print(f"Job <{label(one)}> is being requeued", flush=True)
         send(one, signal.SIGINT)
+    return 0
+
+
+def bpeek(arguments: list[str]) -> int:
+    (one,) = chosen(arguments)
+    if read(one / "stat") != "RUN":
+        return say(f"Job <{label(one)}> : Not yet started.")
+    print("<< output from stdout >>\n" + read(one / "output"), end="")
     return 0
 
 

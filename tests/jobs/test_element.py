@@ -1,12 +1,16 @@
 """What a job does in its time: several runs, none that no time is left for, none that was cancelled."""
 
+import os
 import signal
+import subprocess
+import sys
 import time
 
 import pytest
 
+from batchens.files import ROOT
 from batchens.run import Run
-from jobs.element import Element, OutOfTime, work
+from jobs.element import Element, OutOfTime, _take, work
 
 EXPERIMENT = "parameter_testing"
 
@@ -74,3 +78,17 @@ def test_a_run_that_is_no_longer_in_a_grid_fails_alone(place, capsys):
     with pytest.raises(RuntimeError, match="1 of 2 runs failed: gone"):
         work(EXPERIMENT, [["gone", ids[0]]], None, place.folders)
     assert "its grid changed" in capsys.readouterr().err and place.states() == {"done": 1, "missing": 5}
+
+
+def test_a_link_of_which_nfs_lost_the_answer_takes_an_element(tmp_path, monkeypatch):
+    link = os.link
+
+    def repeated(source, target):
+        link(source, target)
+        link(source, target)
+
+    monkeypatch.setattr(os, "link", repeated)
+    assert _take(tmp_path / "0")
+    code = f"import pathlib; from jobs.element import _take; print(_take(pathlib.Path({str(tmp_path / '0')!r})))"
+    other = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert other.stdout == "False\n"

@@ -146,7 +146,7 @@ exec python -u
         {"setup": "module load cuda"},
         {"setup": ["# BSUB -x"]},
         {"bsub_lines": ["u me"]},
-        {"requeue_exit_code": 0},
+        {"requeue_exit_code": 1},  # with which any failure ends, and would be requeued for ever
         {"warning_min": 5, "timeout_min": 5},
         {"warning_signal": "SIGUSR2"},
         {"array_parallelism": 0},
@@ -206,6 +206,18 @@ def test_a_bsub_given_up_that_did_submit_is_not_repeated(either, monkeypatch):
     either.fault(hang=True, nothing_runs=True, empty=1)
     jobs = either.executor().map_array(abs, range(2))
     assert [job.job_id for job in jobs] == ["1_1", "1_2"] and len(either.calls("bsub")) == 1
+
+
+def test_a_bsub_given_up_whose_job_bjobs_does_not_see_yet_leaves_no_job_behind(either, monkeypatch):
+    monkeypatch.setattr(LsfExecutor, "bsub_timeout_s", 1.0)
+    either.fault(hang=1, nothing_runs=True, stale=True)
+    jobs = either.executor().map_array(abs, range(2))
+    assert [job.job_id for job in jobs] == ["2_1", "2_2"]
+    assert sorted(path.parent.parent.name for path in either.folder.glob("*/*/killed")) == ["1", "1"]
+    either.fault(hang=1, bkill_down=True)  # then nothing is risked
+    with pytest.raises(FailedSubmissionError, match=r"could not be found out:\nbkill failed"):
+        either.executor().submit(abs, 1)
+    assert len(either.calls("bsub")) == 3
 
 
 # ------------------------------------------------------------------------------------------------------- whole runs
@@ -295,6 +307,21 @@ JOBID   USER    STAT  QUEUE      FROM_HOST   EXEC_HOST   JOB_NAME   SUBMIT_TIME
         "22_12": "PEND",
         "23": "EXIT",
     }
+
+
+def test_ids_may_have_the_index_in_them(either):
+    either.fault(enhanced=True)
+    jobs = either.idle(count=2)
+    assert [looked(job) for job in jobs] == ["PENDING", "PENDING"]
+    columns = (
+        "22[3]   me      RUN   normal     vm          vm          st[3]      Nov 21 07:34\n23 me PEND normal vm - x Nov"
+    )
+    assert {name: info["Stat"] for name, info in lsf.read_bjobs(columns).items()} == {"22_3": "RUN", "23": "PEND"}
+
+
+@pytest.mark.parametrize("host", ["n-62-1", "4*n-62-1", "n-62-1:n-62-1"])
+def test_the_host_of_a_job_with_several_cores(host):
+    assert lsf.read_bjobs(f"22^3^RUN^-^{host}^-\n")["22_3"]["NodeList"] == "n-62-1"
 
 
 def test_lines_count_whatever_the_exit_code(either):
@@ -427,6 +454,12 @@ REPORT = (
         ("cancelled", {"Stat": "EXIT"}, ""),
         ("node lost", {"Stat": "ZOMBI", "NodeList": "n-1"}, ""),
         ("killed", {"ExitCode": "137"}, ""),
+        (
+            "killed",
+            {"ExitReason": "TERM_EXTERNAL_SIGNAL: job killed by a signal external to LSF", "ExitCode": "130"},
+            "",
+        ),
+        ("killed", {"ExitCode": "143"}, "TERM_PREEMPT: job killed after preemption\n"),
         ("lost", {"State": "LOST", "ExitReason": "nobody knows"}, ""),
         ("error", {"Stat": "EXIT", "ExitCode": "1"}, "a\nRuntimeError: CUDA out of memory"),
         # an earlier attempt's time limit, here in stderr, which follows stdout, is not the last one's end

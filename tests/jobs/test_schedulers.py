@@ -2,13 +2,20 @@
 
 import os
 import signal
+import socket
+import subprocess
+import time
 
 import pytest
 
-from jobs import clusters, schedulers
+from batchens.run import Run
+from jobs import clusters, logs, schedulers, states
+from jobs.__main__ import _Patient, _ranges
 from jobs.clusters import Cluster
-from jobs.schedulers import Lsf, Slurm, Unreachable, slurm_minutes
-from jobs.states import look
+from jobs.doctor import Report, ask_submission
+from jobs.element import BEGIN
+from jobs.schedulers import Job, Lsf, Slurm, Unreachable, slurm_minutes
+from jobs.states import RunState, Submission, look
 
 EXPERIMENT = "parameter_testing"
 
@@ -85,6 +92,45 @@ def test_the_limits_of_a_partition(slurm):
     assert [slurm_minutes(text) for text in ("30:00", "2:00:00", "2-01:00:00", "UNLIMITED")] == [30, 120, 2940, None]
 
 
+def test_nothing_of_the_allocation_that_one_submits_from_gets_into_the_array(slurm, new_place, tmp_path, monkeypatch):
+    slurm(srun="", sinfo="gpu*|infinite\n", scontrol="MaxArraySize = 1001\n")
+    sbatch = tmp_path / "bin" / "sbatch"
+    sbatch.write_text(f"#!/bin/sh\nenv >> {tmp_path / 'passed_on'}\necho Submitted batch job 1\n")
+    sbatch.chmod(0o755)
+    for name in ("SLURM_JOB_ID", "SLURM_MEM_PER_CPU", "SLURM_CPU_BIND", "SLURM_CONF", "SBATCH_ACCOUNT"):
+        monkeypatch.setenv(name, "x")
+    place = new_place(tmp_path / "place")
+    assert "submitted 6 runs" in place.jobs("submit", EXPERIMENT, "--grid", "smoke", "--cluster", "slurm")
+    ask_submission(Report(clusters.load("slurm")), Slurm(), place.folders)
+    passed_on = sorted(line for line in (tmp_path / "passed_on").read_text().splitlines() if line.endswith("=x"))
+    assert passed_on == ["SBATCH_ACCOUNT=x", "SBATCH_ACCOUNT=x", "SLURM_CONF=x", "SLURM_CONF=x"]
+    assert os.environ["SLURM_JOB_ID"] == "x"
+
+
+# ------------------------------------------------------------------------------------------------------------- both
+
+
+def test_a_scheduler_that_is_down_is_told_of_once_and_asked_again_after_a_while(monkeypatch, capsys):
+    asked = []
+
+    def down(scheduler, jobs):
+        asked.append(scheduler)
+        raise Unreachable("LSF is down")
+
+    monkeypatch.setattr(states, "ask", down)
+    patient = _Patient()
+    for _ in range(3):
+        assert patient("lsf", {"1_1": 0.0}) == {"1_1": Job("running", told=False)}
+    assert len(asked) == 1
+    patient.seconds = -1.0
+    patient("lsf", {"1_1": 0.0})
+    assert len(asked) == 2 and capsys.readouterr().err.count("can't be asked") == 1
+
+
+def test_jobs_in_short():
+    assert _ranges({"12_10", "12_2", "12_7", "12_8", "9_1", "100"}) == "9_1, 12_2,7-8,10, 100"
+
+
 # ----------------------------------------------------------------------------------------------------------- LSF
 
 
@@ -114,6 +160,14 @@ def test_bjobs_tells_the_states_and_history_the_rest(lsf):
     lsf.fault(bjobs_down=True)
     with pytest.raises(Unreachable):
         Lsf().ask(asked)
+
+
+def test_a_job_that_bjobs_is_sure_is_gone_does_not_run_for_ever_by_what_bhist_last_heard(lsf):
+    (job,) = lsf.idle()
+    lsf.shows(job, "RUN")
+    lsf.fault(forgets="all")
+    assert Lsf().ask({job.job_id: 0.0})[job.job_id].state == "ended"
+    assert Lsf().ask({job.job_id: time.time()})[job.job_id].state == "pending"  # bjobs may not know it yet
 
 
 @pytest.fixture
@@ -175,3 +229,82 @@ def test_what_the_site_refuses_is_said_in_its_words(place, stand_in):
     said = place.jobs(*SUBMIT, code=1)
     assert "This queue wants a project" in said and place.states() == {"missing": 6}
     assert schedulers.ALL["lsf"].array_limit() == 1000
+
+
+def test_an_array_whose_submitter_was_killed_before_it_knew_the_ids_is_ended_by_the_next(place, stand_in):
+    stand_in.fault(hang=1, nothing_runs=True)
+    submitter = place.start(*SUBMIT)
+    deadline = time.monotonic() + 60
+    while not (stand_in.folder / "1" / "options").exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    submitter.kill()
+    submitter.communicate()
+    stand_in.fault(nothing_runs=0)
+    assert "submitted 6 runs" in place.jobs(*SUBMIT)
+    assert all((stand_in.folder / "1" / str(index) / "killed").exists() for index in range(1, 7))
+    place.wait()
+    assert place.states() == {"done": 6} and set(place.table().job_id) == {f"2_{index}" for index in range(1, 7)}
+
+
+def test_a_failure_before_the_submission_by_a_clock_that_is_ahead_is_no_failure_after_it(place, stand_in):
+    run = Run(EXPERIMENT, next(iter(place.configs.values())), place.folders)
+    run.folder.mkdir(parents=True)
+    run.failure.write_text("RuntimeError: of last time\n")
+    os.utime(run.failure, (time.time() + 3600, time.time() + 3600))
+    place.jobs(*SUBMIT)
+    place.wait()
+    assert place.states() == {"done": 6}
+
+
+@pytest.fixture
+def first(place):
+    """The first run of a place, handed over as job 1: its state, and the folder of its logs."""
+    run_id, config = next(iter(place.configs.items()))
+    path = place.folders.runs / EXPERIMENT / "submissions" / "x" / "record.json"
+    (path.parent / "logs").mkdir(parents=True)
+    host, results = socket.gethostname(), str(place.folders.results)
+    record = Submission(path, EXPERIMENT, "site", "lsf", host, {}, 0.0, results, [[run_id]], {"1": ""})
+    record.write()
+    run = Run(EXPERIMENT, config, place.folders)
+    return RunState(run, "running", submission=record, job_id="1"), path.parent / "logs"
+
+
+def test_a_run_whose_host_cannot_be_reached_is_running_and_says_so(first, place, stand_in, monkeypatch):
+    state, _ = first
+    (job,) = stand_in.idle()
+    stand_in.shows(job, "UNKWN")
+    monkeypatch.setenv("LSB_JOBID", "1")
+    with state.run.taken():
+        (found,) = look(place.folders, EXPERIMENT, {state.run.id: state.run.config})
+    assert (found.state, found.reason) == ("running", "LSF says UNKWN")
+
+
+def test_the_log_of_a_requeued_run_is_that_of_its_present_attempt(first, stand_in, monkeypatch, capsys):
+    state, folder = first
+    stand_in.fault(late_output=True)
+    line = f"echo '{BEGIN}{state.run.id}0, of another'; echo \"{BEGIN}{state.run.id}, $(date '+%F %T'), here\""
+    (job,) = [stand_in.executor(folder, lsf_setup=[line]).submit(time.sleep, 30)]
+    monkeypatch.setattr(logs, "PEEK_S", 0)
+
+    def begun_after(before: str) -> str:
+        deadline = time.monotonic() + 60
+        while (text := logs.of_run(state)).partition("\n")[0] <= before:
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+        return text.partition("\n")[0]
+
+    one = begun_after("")
+    subprocess.run(["brequeue", "1"], check=True)
+    two = begun_after(one)
+    assert one in job.paths.stdout.read_text() and two not in job.paths.stdout.read_text()
+    monkeypatch.setattr(logs, "PEEK_S", 30)
+    asked = len(stand_in.calls("bpeek"))
+    done = RunState(state.run, "done", submission=state.submission, job_id="1")
+    looks = iter([state, state, done, done])
+    logs.show(
+        lambda: next(looks), follow=True
+    )  # of one whose job goes on with other runs: the file is still the first's
+    out = capsys.readouterr().out
+    assert out.count(two) == 1 and one not in out
+    assert len(stand_in.calls("bpeek")) == asked
