@@ -117,17 +117,32 @@ def load(name: str, **changes: Any) -> Cluster:
     return Cluster(name=name, **values)
 
 
-def local_gpus() -> int:
-    """Return the number of GPUs of this machine, as nvidia-smi lists them: torch would take seconds to say."""
+def local_gpus() -> list[str]:
+    """Return the GPUs that this process may use, as CUDA_VISIBLE_DEVICES names them, else as nvidia-smi lists them.
+
+    torch would take seconds to say.
+
+    Raises:
+        ValueError: nvidia-smi does not answer.
+    """
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is not None:
+        return [gpu for gpu in map(str.strip, visible.split(",")) if gpu not in ("", "-1")]
     if not shutil.which("nvidia-smi"):
-        return 0
-    listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, timeout=60)
-    return sum(line.startswith("GPU ") for line in listed.stdout.splitlines())
+        return []
+    try:
+        listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, timeout=60)
+    except subprocess.TimeoutExpired as error:
+        raise ValueError(
+            "nvidia-smi must list the GPUs within a minute, however it hangs; set CUDA_VISIBLE_DEVICES to those to use, or to "
+            "nothing for none"
+        ) from error
+    return [str(number) for number in range(sum(line.startswith("GPU ") for line in listed.stdout.splitlines()))]
 
 
 def local_workers(max_parallel: int | None, todo: int) -> int:
     """Return how many runs to train at once here: as many as asked for, else one a GPU, else one a core but at most 4."""
-    return max(1, min(max_parallel or local_gpus() or min(cores(), 4), todo))
+    return max(1, min(max_parallel or len(local_gpus()) or min(cores(), 4), todo))
 
 
 def cores() -> int:

@@ -312,10 +312,17 @@ def facts(scheduler: str) -> dict[str, Any]:
         "python": f"{platform.python_version()}, {sys.executable}",
         "cores": clusters.cores(),
         "gpus": ran.out.splitlines() if ran.code == 0 else [],
+        "torch": _torch_on_gpu() if ran.code == 0 else "",
         "visible": os.environ.get("CUDA_VISIBLE_DEVICES"),
         "commands": {command: shutil.which(command) for command in NODE_COMMANDS[scheduler]},
         "variables": {k: v for k, v in os.environ.items() if k.startswith(("LSB_", "LSF_", "SLURM_", "SUBMITIT_"))},
     }
+
+
+def _torch_on_gpu() -> str:
+    """Return what is wrong with the GPU by torch, which a driver can be too old for; '' if nothing is."""
+    ran = lsf.run([sys.executable, "-c", "import torch; torch.zeros(1, device='cuda')"], timeout=300)
+    return "" if ran.code == 0 else (ran.text.strip().splitlines() or ["it does not answer"])[-1]
 
 
 @dataclass
@@ -439,6 +446,8 @@ def draw(report: Report, place: Path, minutes: int, names: Sequence[str], told: 
     ibm = report.cluster.scheduler == "lsf" and not report.relative
     report.tell("node", f"{first['host']}, {first['cores']} cores, Python {first['python']}; it sees the runs folder")
     report.tell("GPUs", "\n".join([f"CUDA_VISIBLE_DEVICES is {first['visible']}", *first["gpus"]]))
+    if first["torch"]:
+        report.doubts.append(f"torch can't use the GPU: {first['torch']}")
     if report.cluster.gpus and not (first["visible"] or first["gpus"]):
         report.doubts.append("the job asked for a GPU and sees none")
     for command, path in first["commands"].items():

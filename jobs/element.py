@@ -65,19 +65,25 @@ def work(
     folders: Folders,
     since: float = math.inf,
     until: float = math.inf,
+    gpu: str | None = None,
 ) -> int:
     """Do the elements' runs and return how many ended well; a failing run does not stop the next one.
 
-    `queue` is a folder that several workers on one machine share: each takes an element there before it starts on it.
+    `queue` is a folder that several workers on one machine share: each takes an element there before it starts on it. `gpu`
+    is what CUDA_VISIBLE_DEVICES is there; None: not set.
     A run that has failed since the submission (`since`, seconds since 1970), before the job was requeued, is not repeated.
     `until` is the job's time limit: a run that would take as long as the longest of those before it is not started when
     that is too long; the job is requeued instead, as at its limit.
 
     Raises:
-        RuntimeError: at the end, when a run failed, so that the scheduler calls the job failed too.
+        RuntimeError: at the end, when a run failed, so that the scheduler calls the job failed too; at once when the GPU did,
+            which no process can use after that.
     """
     if queue is not None:  # elsewhere submitit passes over SIGTERM, which also announces a preemption
         signal.signal(signal.SIGTERM, _stop)
+        os.environ.pop("CUDA_VISIBLE_DEVICES", None)  # submitit set it
+        if gpu is not None:
+            os.environ["CUDA_VISIBLE_DEVICES"] = gpu
     script, known = experiments.script(experiment), experiments.runs_of(experiment)
     done, failed, longest = 0, [], 0.0
     for number, element in enumerate(elements):
@@ -104,10 +110,14 @@ def work(
                 print(elsewhere, flush=True)
             except UncompletedJobError:  # from the handler of the time limit: no time is left for others
                 raise
-            except Exception:
+            except Exception as error:
                 traceback.print_exc()
                 sys.stderr.flush()
                 failed.append(run_id)
+                if type(error).__name__ == "AcceleratorError":  # torch's, which is not imported here
+                    raise RuntimeError(
+                        f"the GPU failed in {run_id}; what was to be done after it was not begun"
+                    ) from error
     if failed:
         raise RuntimeError(
             f"{len(failed)} of {done + len(failed)} runs failed: {', '.join(failed)}; their logs are above"

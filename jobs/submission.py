@@ -234,7 +234,7 @@ def _start_local(record: Submission, cluster: Cluster, folders: Folders, workers
 
     queue = record.folder / "taken"
     queue.mkdir()
-    gpus = clusters.local_gpus()
+    gpus = clusters.local_gpus()  # submitit's own choice takes numbers alone, and counts from the machine's first
     threads = str(max(1, clusters.cores() // workers))
     executor = submitit.LocalExecutor(folder=record.folder / "logs")
     with (
@@ -245,10 +245,9 @@ def _start_local(record: Submission, cluster: Cluster, folders: Folders, workers
             executor.update_parameters(
                 timeout_min=cluster.minutes,
                 stderr_to_stdout=True,
-                gpus_per_node=min(gpus, 1),
-                visible_gpus=[worker % gpus] if gpus else (),
             )
-            job = executor.submit(work, record.experiment, record.elements, queue, folders)
+            gpu = gpus[worker % len(gpus)] if gpus else os.environ.get("CUDA_VISIBLE_DEVICES")
+            job = executor.submit(work, record.experiment, record.elements, queue, folders, gpu=gpu)
             record.jobs[job.job_id] = born(int(job.job_id))
             record.write()
 

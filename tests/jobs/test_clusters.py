@@ -1,5 +1,8 @@
 """Presets of clusters, and a user's own over them."""
 
+import os
+import subprocess
+
 import pytest
 
 from jobs import clusters
@@ -63,3 +66,22 @@ def test_a_named_file_must_be_there(own, tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="a cluster must be one of: local, slurm, dtu-a100"):
         monkeypatch.delenv("BATCHENS_CLUSTERS")
         clusters.load("nosuch")
+
+
+def test_gpus_are_those_that_the_process_may_use(tmp_path, monkeypatch):
+    smi = tmp_path / "nvidia-smi"
+    smi.write_text("#!/bin/sh\necho 'GPU 0: a'\necho 'GPU 1: b'\necho '  MIG 1g.10gb Device 0:'\n")
+    smi.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    for visible, gpus in (("2, 3", ["2", "3"]), ("", []), ("-1", []), ("MIG-8f1b", ["MIG-8f1b"])):
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+        assert clusters.local_gpus() == gpus
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    assert clusters.local_gpus() == ["0", "1"]
+
+    def hangs(*command, **options):
+        raise subprocess.TimeoutExpired("nvidia-smi", 60)
+
+    monkeypatch.setattr(clusters.subprocess, "run", hangs)
+    with pytest.raises(ValueError, match="however it hangs"):
+        clusters.local_gpus()

@@ -350,7 +350,16 @@ def test_conclusions(tmp_path, capsys):
     report = doctor.Report(preset)
     doctor.draw(report, tmp_path, 2, ["1_1", "1_2"], pending)
     assert report.doubts == ["the first job did not start within 15 minutes and was cancelled"]
-    first = {"time": 1000.0, "job": "1_1", "host": "n1", "python": "3.11", "cores": 4, "gpus": [], "visible": None}
+    first = {
+        "time": 1000.0,
+        "job": "1_1",
+        "host": "n1",
+        "python": "3.11",
+        "cores": 4,
+        "gpus": [],
+        "visible": None,
+        "torch": "too old",
+    }
     (tmp_path / "start-1.json").write_text(json.dumps({**first, "commands": {"brequeue": None}, "variables": {}}))
     (tmp_path / "signals.jsonl").write_text('{"signal": "SIGTERM", "time": 1130.0}\n')
     ended = {"1_1": Job("ended", "timeout", "TERM_RUNLIMIT"), "1_2": Job("ended", "cancelled", "killed")}
@@ -360,4 +369,10 @@ def test_conclusions(tmp_path, capsys):
     assert "SIGTERM" in out and "10 s after the limit of 2 minutes" in out and "brequeue is not there" in out
     assert report.changes.keys() == {"options.warning_min", "options.requeue_exit_code"}
     assert any("sees none" in doubt for doubt in report.doubts)
+    assert "torch can't use the GPU: too old" in report.doubts
     assert any("told as cancelled: states may mislead" in doubt for doubt in report.doubts)
+
+
+def test_torch_is_asked_for_the_gpu_itself(monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert doctor._torch_on_gpu().startswith(("RuntimeError: ", "AssertionError: "))

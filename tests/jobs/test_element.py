@@ -10,6 +10,7 @@ import pytest
 
 from batchens.files import ROOT
 from batchens.run import Run
+from jobs import element
 from jobs.element import Element, OutOfTime, _take, work
 
 EXPERIMENT = "parameter_testing"
@@ -92,3 +93,34 @@ def test_a_link_of_which_nfs_lost_the_answer_takes_an_element(tmp_path, monkeypa
     code = f"import pathlib; from jobs.element import _take; print(_take(pathlib.Path({str(tmp_path / '0')!r})))"
     other = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert other.stdout == "False\n"
+
+
+@pytest.mark.parametrize("gpu", ["3", "GPU-8f1b", "", None])
+def test_a_worker_sees_the_gpu_that_it_was_given_and_not_submitits(gpu, place, tmp_path, monkeypatch):
+    seen = []
+    script = element.experiments.script(EXPERIMENT)
+    monkeypatch.setattr(script, "main", lambda config, folders: seen.append(os.environ.get("CUDA_VISIBLE_DEVICES")))
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        work(EXPERIMENT, [list(place.configs)[:1]], tmp_path, place.folders, gpu=gpu)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert seen == [gpu]
+
+
+def test_after_the_gpu_failed_nothing_more_is_begun_in_that_process(place, monkeypatch):
+    class AcceleratorError(RuntimeError):
+        pass
+
+    begun = []
+
+    def main(config, folders):
+        begun.append(config)
+        raise AcceleratorError("an illegal memory access was encountered")
+
+    monkeypatch.setattr(element.experiments.script(EXPERIMENT), "main", main)
+    ids = list(place.configs)[:3]
+    with pytest.raises(RuntimeError, match=f"the GPU failed in {ids[0]}"):
+        work(EXPERIMENT, [ids[:2], ids[2:]], None, place.folders)
+    assert len(begun) == 1
