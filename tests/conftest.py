@@ -9,6 +9,9 @@ from hypothesis import settings
 
 from batchens.files import ROOT
 
+if "BATCHENS_TEST_GPU" not in os.environ:  # tests are of a CPU's numbers; those of a GPU run when that is set
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
 
 class Place:
     """A workplace of its own for a test: folders, and `jobs` run in them as a user would, on one grid."""

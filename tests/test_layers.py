@@ -279,6 +279,12 @@ def test_repeat_and_members_are_member_major():
     assert torch.equal(members(repeat(x, 2), 2), torch.stack([x, x]))
 
 
+def test_repeat_keeps_channels_last_where_that_is_the_fast_layout():
+    x = torch.empty(2, 3, 4, 4, device="meta").contiguous(memory_format=torch.channels_last)
+    assert repeat(x, 2).shape == (4, 3, 4, 4) and repeat(x, 2).is_contiguous(memory_format=torch.channels_last)
+    assert repeat(x, 1) is x
+
+
 # identical members
 
 
@@ -581,3 +587,9 @@ def test_resetting_a_layer_draws_its_fast_weights_by_their_inits():
     assert not torch.equal(layer.weight, before)
     assert set(layer.alpha.unique().tolist()) == {-1.0, 1.0} and bool((layer.gamma == 1).all())
     assert bool((layer.bias == 0).all())
+
+
+def test_the_benchmark_of_layers_can_time_its_matrix_product():
+    from benchmarks.layers import matmul_peak
+
+    assert matmul_peak(torch.device("meta"), torch.bfloat16) > 0

@@ -1,5 +1,8 @@
+import functools
 import itertools
 import math
+import mmap
+import os
 import resource
 
 import pytest
@@ -173,15 +176,26 @@ def test_a_useless_checkpoint_is_named_with_what_to_do_in_one_line(write, tiny_i
     assert len(str(error.value).splitlines()) == 1
 
 
-def test_the_checkpoint_of_a_run_in_another_number_format_is_refused(tiny_images, tmp_path):
-    # a V100 (float16, scaled losses) goes on from what an A100 (bfloat16) left
-    images = tiny_images()
-    model = build(images)
-    checkpoint_of(images, tmp_path / "c.pt")
-    optimizer = optimizer_of("sgd", model, images)
-    parts = (schedule(optimizer, 1, 3), torch.amp.GradScaler("cpu"), torch.Generator(), torch.Generator())
-    with pytest.raises(ValueError, match="can't be gone on from"):
-        training._Checkpoint(tmp_path / "c.pt", model, optimizer, *parts).load()
+@pytest.mark.parametrize(("before", "after"), [("fp32", "bf16"), ("bf16", "fp32")])
+def test_the_checkpoint_of_a_run_in_another_number_format_is_refused(before, after, tiny_images, tmp_path):
+    # as when a V100 (float16) goes on from what an A100 (bfloat16) left, or the other way round
+    images, path = tiny_images(), tmp_path / "c.pt"
+    train(images, build(images), epochs=1, checkpoint=path, precision=before)
+    with pytest.raises(ValueError, match=r"can't be gone on from; delete it .*it is of torch\..*, this run of torch\."):
+        train(images, build(images), checkpoint=path, precision=after)
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError, torch.AcceleratorError])
+@pytest.mark.parametrize("name", ["load", "save"])
+def test_what_goes_wrong_on_a_gpu_is_not_blamed_on_the_checkpoint(name, error, tiny_images, tmp_path, monkeypatch):
+    def fail(*arguments, **options):
+        raise error("of the GPU")
+
+    images, path = tiny_images(), tmp_path / "c.pt"
+    checkpoint_of(images, path)
+    monkeypatch.setattr(torch, name, fail)
+    with pytest.raises(error, match="of the GPU"):
+        train(images, build(images), checkpoint=path)
 
 
 def test_a_disk_that_fills_up_is_an_oserror_and_the_last_checkpoint_stays(tiny_images, tmp_path):
@@ -401,6 +415,7 @@ def gpu(monkeypatch, capability, kernels):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Some GPU")
     monkeypatch.setattr(torch.cuda, "get_arch_list", lambda: kernels)
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)  # to be as it was again
 
 
 @pytest.mark.parametrize(
@@ -423,6 +438,74 @@ def test_a_gpu_is_used_exactly_if_torch_holds_kernels_for_it(capability, kernels
         with pytest.raises(ValueError, match=r"no kernels for Some GPU .*sm_\d+.* for a V100 install"):
             choose_device("auto")
     assert choose_device("cpu") == torch.device("cpu")
+
+
+def test_float32_on_a_gpu_is_not_tf32(monkeypatch):
+    gpu(monkeypatch, (8, 0), ["sm_80"])
+    choose_device("cpu")
+    assert torch.backends.cudnn.allow_tf32
+    choose_device("auto")
+    assert not torch.backends.cudnn.allow_tf32
+
+
+def test_a_device_that_torch_has_no_name_for_is_refused_beside_a_gpu_too(monkeypatch):
+    gpu(monkeypatch, (8, 0), ["sm_80"])
+    with pytest.raises(ValueError, match="device must be auto, cpu or cuda, however: 'tpu'"):
+        choose_device("tpu")
+
+
+@pytest.mark.parametrize(
+    ("job", "visible", "given"),
+    [
+        ({"SLURM_JOB_ID": "12"}, "0", True),
+        ({"LSB_JOBID": "12"}, "1,2", True),
+        ({"LSB_JOBID": "12"}, "GPU-5d8c8a26", True),
+        ({"LSB_JOBID": "12"}, "MIG-5d8c8a26", True),
+        ({"LSB_JOBID": "12"}, None, False),
+        ({"LSB_JOBID": "12"}, "", False),
+        ({"LSB_JOBID": "12"}, "-1", False),
+        ({"SLURM_JOB_ID": "12"}, "NoDevFiles", False),
+        ({}, "0", False),
+        ({"SUBMITIT_EXECUTOR": "local", "SUBMITIT_LOCAL_JOB_ID": "12"}, "0", False),
+    ],
+)
+def test_a_job_with_a_gpu_that_torch_cannot_start_does_not_train_on_the_cpu(job, visible, given, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    for name, value in (job | ({} if visible is None else {"CUDA_VISIBLE_DEVICES": visible})).items():
+        monkeypatch.setenv(name, value)
+    if given:
+        with pytest.raises(ValueError, match=f"CUDA_VISIBLE_DEVICES={visible}.* torch .* can't start it: .* install a"):
+            choose_device("auto")
+    else:
+        assert choose_device("auto") == torch.device("cpu")
+    assert choose_device("cpu") == torch.device("cpu")
+
+
+@pytest.mark.filterwarnings("error:Detected call of .lr_scheduler")
+def test_steps_that_the_scaler_of_float16_leaves_out_are_nothing_to_warn_of(tiny_images, monkeypatch):
+    monkeypatch.setattr(training, "autocast_dtype", lambda *_: torch.float16)
+    monkeypatch.setattr(torch.amp, "GradScaler", functools.partial(torch.amp.GradScaler, init_scale=2.0**40))
+    images, model = tiny_images(), mlp(64, [8], 4)
+    start = model[1].weight.clone()
+    train(images, model, ensemble_size=1, epochs=1)
+    assert torch.equal(model[1].weight, start)
+
+
+def test_every_run_of_a_process_is_compiled(tiny_images, monkeypatch):
+    images, graphs = tiny_images(), []
+    compile_with = torch.compile
+
+    def backend(graph, inputs):
+        graphs[-1] += 1
+        return graph.forward
+
+    monkeypatch.setattr(torch, "compile", lambda model: compile_with(model, backend=backend))
+    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 1)
+    for width in (4, 8, 12):
+        graphs.append(0)
+        train(images, mlp(64, [width], 4), ensemble_size=1, epochs=1, compiled=True)
+    assert graphs == [1, 1, 1]
 
 
 def test_without_a_gpu_auto_is_the_cpu_and_cuda_an_error(monkeypatch):
@@ -450,6 +533,26 @@ def test_rows_have_each_epoch_split_and_member_once_and_test_at_the_end_only(tin
         assert row["seconds"] > 0
         assert row["images_per_second"] == pytest.approx(64 / row["seconds"])
         assert all(name in row for name in (METRICS if row["split"] != "train" else ("accuracy", "nll")))
+
+
+class HungryToPredict(nn.Module):
+    """Takes 64 MB to predict, which it then gives back, and next to nothing to train."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(64, 4)
+
+    def forward(self, x):
+        if not self.training:
+            mmap.mmap(-1, 2**26, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | mmap.MAP_POPULATE).close()
+        return self.layer(x.flatten(1))
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/clear_refs"), reason="measures no peak of a span of time")
+def test_the_peak_of_memory_is_that_of_training_in_every_epoch(tiny_images):
+    rows = train(tiny_images(), HungryToPredict(), ensemble_size=1, epochs=3)
+    peaks = [row["peak_memory_mb"] for row in rows if row["split"] == "train"]
+    assert len(peaks) == 3 and max(peaks) < peaks[0] + 32
 
 
 def test_the_test_rows_are_those_of_the_final_network(tiny_images):

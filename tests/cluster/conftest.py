@@ -61,7 +61,8 @@ def own_site(own_slurm, monkeypatch, tmp_path):
     for name, value in own_slurm.environment.items():
         monkeypatch.setenv(name, value)
     presets = tmp_path / "one-node.toml"
-    presets.write_text("[slurm]\ncpus = 1\nmem_gb = 1\n")  # one thread, as in the local runs: the same numbers
+    # one thread, as in the local runs: the same numbers; no GPU, as one that only pretends to be there is no use to torch
+    presets.write_text("[slurm]\ncpus = 1\nmem_gb = 1\ngpus = 0\n")
     monkeypatch.setenv("BATCHENS_CLUSTERS", str(presets))
     there = Site("slurm", own_slurm.environment, own_slurm)
     there.empty()

@@ -117,7 +117,7 @@ def test_jobs_that_slurm_has_forgotten_are_lost_and_start_again(place, own_site)
     (record.folder / "ended.json").unlink(missing_ok=True)
     states = place.states()
     assert states.pop("lost") + states.pop("done", 0) == 6 and not states
-    place.jobs("retry", EXPERIMENT, "--grid", "smoke")
+    place.jobs("retry", EXPERIMENT, "--grid", "smoke", "--max-parallel", "2")
     place.wait()
     assert place.states() == {"done": 6}
 
