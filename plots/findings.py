@@ -44,7 +44,10 @@ the line between two networks.
 
 
 class Missing(NamedTuple):
-    """A study that is not there yet: until the results of these values have so many levels of the column that it varies."""
+    """A study that is not there yet.
+
+    Until the results of these values have so many levels of the column that it varies, each with as many seeds as any.
+    """
 
     values: dict[str, object]
     column: str
@@ -56,7 +59,8 @@ class Missing(NamedTuple):
         if df.empty:
             return True
         mine = df[(df[list(self.values)] == pd.Series(self.values)).all(axis=1)]
-        return mine.loc[mine["split"] == "test", self.column].nunique() < self.levels
+        seeds = mine[mine["split"] == "test"].groupby(self.column)["seed"].nunique()
+        return bool((seeds == seeds.max()).sum() < self.levels)
 
 
 class Claim(NamedTuple):
