@@ -207,7 +207,8 @@ def study(
 ) -> list[Config]:
     """Return every method on the same networks, those of few and of one seed first; its other settings are defaults.
 
-    With `rates`, what is trained has others beside its default one, two or three in all, to be chosen from on validation.
+    With `rates`, what is trained has two others beside its default one, a lower and a higher, to be chosen from on validation;
+    but for the longer single network, which is better than all else as it is.
     """
     base = replace(base, method="single", ensemble_size=1)
 
@@ -229,12 +230,12 @@ def study(
     ]
     if rates:
         every += [
-            *of(method=["distillation"], extra_learning_rate=times(3.0)),
+            *of(method=["distillation"], extra_learning_rate=times(0.3, 3.0)),
             *of(method=["fine_tuned_single"], extra_learning_rate=times(0.1, 3.0)),
-            *of(method=["fine_tuned_average"], start=starts, extra_learning_rate=times(3.0)),
-            *of(method=["mixing"], start=starts, extra_learning_rate=[0.01]),
-            *of(method=["permavg"], start=starts, temperature=[0.1], extra_learning_rate=[0.1]),
-            *of(method=["permavg"], temperature=[t for t in temperatures if t == 1], extra_learning_rate=[0.3]),
+            *of(method=["fine_tuned_average"], start=starts, extra_learning_rate=times(0.3, 3.0)),
+            *of(method=["mixing"], start=starts, extra_learning_rate=[0.0003, 0.01]),
+            *of(method=["permavg"], start=starts, temperature=[0.1], extra_learning_rate=[0.003, 0.1]),
+            *of(method=["permavg"], temperature=[t for t in temperatures if t == 1], extra_learning_rate=[0.03, 0.3]),
         ]
     return sorted(unique(every), key=lambda config: (config.ensemble_size, config.seed))
 
