@@ -115,8 +115,6 @@ def test_the_ids_of_runs_that_were_in_a_grid_never_change(name):
     assert hashlib.sha256("\n".join(sorted(ids)).encode()).hexdigest()[:8] == IDS[name]
 
 
-# how many extra learning rates a method has where they are studied, PermAVG by temperature
-RATES = {"distillation": 2, "fine_tuned_single": 3, "fine_tuned_average": 2, "mixing": 2, 0.1: 2, 1.0: 2}
 STUDIES = [name for name in GRIDS if name != "smoke"]
 
 
@@ -137,8 +135,8 @@ def test_a_study_has_every_method_on_the_same_networks_with_as_much_extra_traini
     many = Counter((replace(c, extra_learning_rate=None)) for c in configs)  # the default of each, so often
     studied = {3} if name in ("thesis", "fashion_mnist") else {2, 4} if name == "demo" else set()
     for config, count in many.items():
-        key = config.temperature if config.method == "permavg" else config.method
-        assert config in configs and count == (RATES.get(key, 1) if config.ensemble_size in studied else 1)
+        several = config.ensemble_size in studied and config.method in set(TRAINED) - {"longer"}
+        assert config in configs and count == (3 if several else 1)
 
 
 def test_the_thesis_setting_is_among_them():
