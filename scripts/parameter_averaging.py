@@ -256,7 +256,7 @@ GRIDS = {
         seed=range(2),
     ),
     "demo": study(DIGITS, (2, 4), range(3), (0.1, 1.0), rates=True),
-    # the thesis' setting: its three networks; and other numbers of them, at the rates that are best on validation with three
+    # the thesis' setting: its three networks; and other numbers of them, at the default rates
     "thesis": study(FASHION, (3,), range(5), (0.1, 1.0), rates=True),
     "fashion_mnist": unique(
         [*study(FASHION, (3,), range(5), (0.1, 1.0), rates=True), *study(FASHION, (2, 5, 8), range(5), (0.1, 1.0))]
