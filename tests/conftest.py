@@ -156,3 +156,15 @@ def tiny_images():
         )
 
     return make
+
+
+@pytest.fixture
+def link_asked_twice(monkeypatch):
+    """NFS loses the answer to a link and asks again: it is made, and said to be there already."""
+    link = os.link
+
+    def repeated(source, target):
+        link(source, target)
+        link(source, target)
+
+    monkeypatch.setattr(os, "link", repeated)

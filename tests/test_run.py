@@ -169,14 +169,7 @@ def test_of_two_that_claim_at_once_one_takes_the_run(run, monkeypatch):
     assert len(holders) == 1
 
 
-def test_a_link_of_which_nfs_lost_the_answer_is_no_claim_of_another(run, monkeypatch):
-    link = os.link
-
-    def repeated(source, target):
-        link(source, target)
-        link(source, target)
-
-    monkeypatch.setattr(os, "link", repeated)
+def test_a_link_of_which_nfs_lost_the_answer_is_no_claim_of_another(run, link_asked_twice):
     assert can_be_taken(run)
     assert not run.claim.exists()
 

@@ -81,14 +81,7 @@ def test_a_run_that_is_no_longer_in_a_grid_fails_alone(place, capsys):
     assert "its grid changed" in capsys.readouterr().err and place.states() == {"done": 1, "missing": 5}
 
 
-def test_a_link_of_which_nfs_lost_the_answer_takes_an_element(tmp_path, monkeypatch):
-    link = os.link
-
-    def repeated(source, target):
-        link(source, target)
-        link(source, target)
-
-    monkeypatch.setattr(os, "link", repeated)
+def test_a_link_of_which_nfs_lost_the_answer_takes_an_element(tmp_path, link_asked_twice):
     assert _take(tmp_path / "0")
     code = f"import pathlib; from jobs.element import _take; print(_take(pathlib.Path({str(tmp_path / '0')!r})))"
     other = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
