@@ -499,11 +499,16 @@ def padded(values: Iterable[float]) -> tuple[float, float]:
 
 
 def dots_of(n: Iterable[int], what: str = "seed") -> str:
-    """Return what the rows' dots and diamonds are, of so many seeds: no interval is promised where none is known."""
+    """Return what is in the rows of `draw_rows`, of so many seeds."""
+    edge = "what lies far from the rest, or reaches as far, is written at the edge"
+    return f"Dots are seeds, {diamonds_of(n, what)}; {edge}"
+
+
+def diamonds_of(n: Iterable[int], what: str = "seed") -> str:
+    """Return what diamonds are, of so many seeds: no interval is promised where none is known."""
     interval = " with its 95 % interval by Student's t" if max(n := list(n)) >= 3 else ""
     none = f"; no interval is drawn of fewer than 3 {what}s" if min(n) < 3 else ""
-    edge = "what lies far from the rest, or reaches as far, is written at the edge"
-    return f"Dots are seeds, diamonds their mean{interval}, {counted(n).replace('seed', what)}{none}; {edge}"
+    return f"diamonds their mean{interval}, {counted(n).replace('seed', what)}{none}"
 
 
 def two_scatters(

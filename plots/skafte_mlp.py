@@ -38,7 +38,7 @@ from plots.figure import (
     number,
     with_spread,
 )
-from plots.image_runs import provenance
+from plots.image_runs import diamonds_of, provenance
 from plots.reading import FACTS
 from plots.statistics import Difference, difference, interval_of
 
@@ -496,10 +496,7 @@ def _paired(pairs: list[Pair]) -> list[int]:
 
 
 def _dots(n: list[int], what: str = "seed") -> str:
-    """Return what dots and diamonds are, of so many seeds: no interval is promised where none is known."""
-    interval = " with its 95 % interval by Student's t" if max(n) >= 3 else ""
-    none = f"; no interval is drawn of fewer than 3 {what}s" if min(n) < 3 else ""
-    return f"{DOTS}, diamonds their mean{interval}; {counted(n).replace('seed', what)}{none}"
+    return f"{DOTS}, {diamonds_of(n, what)}"
 
 
 def _comparison(setting: Setting, whose: str = "") -> str:
