@@ -61,6 +61,12 @@ class Place:
             assert time.monotonic() < deadline, self.states()
             time.sleep(0.05 if seconds <= 120 else 0.5)
 
+    def written(self) -> list[str]:
+        """Return the runs whose results were written, as the logs of all jobs tell: one written twice is there twice."""
+        logs = self.folders.runs.glob(f"{self.experiment}/submissions/*/logs/*_log.out")
+        lines = [line for path in logs for line in path.read_text().splitlines() if line.startswith("written: ")]
+        return sorted(Path(line).stem for line in lines)
+
     def files(self) -> list[Path]:
         return [path for folder in (self.folders.runs, self.folders.results) for path in folder.rglob("*")]
 

@@ -2,7 +2,6 @@
 
 import json
 import os
-import re
 import signal
 import subprocess
 import sys
@@ -55,8 +54,7 @@ def test_no_more_processes_than_asked_for_and_each_run_once(finished):
     assert len(record.jobs) == 2
     table = read_results(finished.folders.results, EXPERIMENT)
     assert set(table.job_id.astype(str)) <= set(record.jobs)
-    logs = "".join(path.read_text() for path in (record.path.parent / "logs").glob("*_log.out"))
-    assert sorted(re.findall(r"written: .*/(.*)\.csv", logs)) == sorted(IDS)
+    assert finished.written() == sorted(IDS)
 
 
 def test_logs_are_those_of_the_run_alone(finished):
