@@ -12,7 +12,7 @@ from batchens.grid import run_id
 from batchens.results import METRICS, damage, differences
 from batchens.run import Cancelled, Folders, Run
 from scripts import parameter_averaging
-from scripts.parameter_averaging import GRIDS, STARTS, TRAINED, Config, main
+from scripts.parameter_averaging import GRIDS, MATRICES, STARTS, TRAINED, Config, main
 
 SMALL = {"hidden_size": 16, "epochs": 2, "batch_size": 128, "ensemble_size": 2, "threads": 1, "device": "cpu"}
 OPTIONS = [word for name, value in SMALL.items() for word in (f"--{name.replace('_', '-')}", str(value))]
@@ -171,6 +171,11 @@ def test_the_thesis_setting_is_among_them():
         (["--temperature", "nan"], "temperature must be between 0.001 and 1000, however: nan"),
         (["--temperature", "inf"], "temperature must be between 0.001 and 1000, however: inf"),
         (["--warmup-epochs", "20"], "warmup_epochs must be below epochs=20, however: 20"),
+        (
+            ["--method", "distillation", "--warmup-epochs", "2", "--extra-epochs", "2"],
+            "warmup_epochs must be below extra_epochs=2, however: 2",
+        ),
+        (["--method", "distillation", "--extra-epochs", "0"], "extra_epochs must be at least 1, however: 0"),
         (["--model", "vgg11"], "vgg11 takes images of 28x28 or 32x32, however digits has smaller ones"),
         (["--batch-size", "2000"], "batch_size must be at most the number of training images, however: 2000 > 1257"),
         (
@@ -221,13 +226,13 @@ def test_a_run_says_what_it_was_and_what_came_of_it(method, shared, tmp_path, mo
         assert row["method"] == method and row["ensemble_size"] == "2"
         assert (float(row["seconds_base"]) > 0) == bool(row["networks_digest"]) == (method != "longer")
         assert int(row["parameters"]) == members * NETWORK
-        matrices = method in ("permavg", "mixing")
+        matrices = method in MATRICES
         assert int(row["parameters_trained"]) == (16 * 16 if matrices else NETWORK if trained else 0)
         assert float(row["inference_images_per_second"]) > 0 and float(row["plain_images_per_second"]) > 0
         assert bool(row["seconds_matching"]) == (method == "weight_matching")
     assert len(find(rows, "reliability")["y"].split()) == 15
     splits = {row["split"] for row in rows} - {"train", "validation", "test", "reliability"}
-    expected = {"matrix", "picture", "picture_ordered"} if method in ("permavg", "mixing") else set()
+    expected = {"matrix", "picture", "picture_ordered"} if method in MATRICES else set()
     if method == "permavg":
         expected |= {"validation_projected", "test_projected"}
     if method == "weight_matching":
@@ -367,6 +372,24 @@ def test_the_longer_network_is_the_first_one_with_more_epochs(tmp_path):
     assert (
         find(with_warmup, "test")["nll"] == find(run(method="single", warmup_epochs=1, ensemble_size=1), "test")["nll"]
     )
+
+
+@pytest.mark.parametrize("method", TRAINED)
+def test_what_is_trained_as_a_network_warms_up_as_networks_do(method, monkeypatch):
+    """Convolutional networks from a new start, the student among them, hardly learn without it."""
+    from batchens import training
+
+    warmups = []
+
+    def fit(*args, **options):
+        warmups.append(options["warmup_epochs"])
+        return original(*args, **options)
+
+    original = training.fit
+    monkeypatch.setattr(training, "fit", fit)
+    run(method=method, warmup_epochs=1)
+    networks_warm_up = [] if method == "longer" else [1, 1]
+    assert warmups == [*networks_warm_up, 0 if method in MATRICES else 1]
 
 
 def test_the_best_network_is_chosen_on_validation_images():
@@ -655,7 +678,11 @@ def files(tmp_path):
 def test_networks_of_others_are_read_and_their_content_names_the_run(files, command, tmp_path):
     first, second = files()
     config = Config(**SMALL | {"base_weights": (first, second), "method": "weight_matching"})
-    assert config.epochs == 0 and config.warmup_epochs == 0
+    assert config.epochs == 0 and replace(config, warmup_epochs=2).warmup_epochs == 0
+    assert replace(config, method="distillation", warmup_epochs=2).warmup_epochs == 2
+    for many, most in ((20, "below extra_epochs=20"), (-1, "at least 0"), (float("nan"), "at least 0")):
+        with pytest.raises(ValueError, match=f"warmup_epochs must be {most}"):
+            replace(config, method="distillation", warmup_epochs=many)
     rows = rows_of(main(config, Folders()))
     assert {row["base_digest"] for row in rows} == {config.base_digest} and len(config.base_digest) == 64
     assert {row["seconds_base"] for row in rows} == {""} and not networks(tmp_path)
