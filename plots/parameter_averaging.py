@@ -844,9 +844,13 @@ def findings(df: pd.DataFrame) -> dict[str, Finding]:
 
 
 def _chosen(runs: pd.DataFrame) -> str:
-    """Return that there was a choice, where there was one."""
-    chosen = f" Of a method with several configurations the best is taken, {ON_VALIDATION}."
-    return chosen if (runs["candidates"] > 1).any() else ""
+    """Return that there was a choice of configurations, where there was one, and of which numbers of networks."""
+    candidates = runs.groupby("ensemble_size")["candidates"].max()
+    several = [str(size) for size, count in candidates.items() if count > 1]
+    if not several:
+        return ""
+    some = f" (of {listed(several)} networks, else there is one)" if len(several) < (candidates.index > 1).sum() else ""
+    return f" Of a method with several configurations{some} the best is taken, {ON_VALIDATION}."
 
 
 def _rates(every: Iterable[Cell]) -> str:

@@ -213,6 +213,21 @@ def test_a_chosen_rate_at_the_edge_is_said_and_where_nothing_was_chosen(tmp_path
     assert {"PermAVG T = 0.1, extra learning rate 0.02", "PermAVG T = 0.1, extra learning rate 0.1"} <= labels
 
 
+def test_the_caption_says_of_which_numbers_of_networks_there_was_a_choice(tmp_path: Path) -> None:
+    def caption() -> str:
+        (text,) = (text for name, text, _ in pa.figures(read(tmp_path)) if name.endswith("size"))
+        return text
+
+    write(tmp_path, 0.8, method="single", ensemble_size=1)
+    for size in (2, 3):
+        write(tmp_path, 0.8, method="permavg", ensemble_size=size)
+    assert "several configurations" not in caption()
+    write(tmp_path, 0.8, method="permavg", ensemble_size=3, extra_learning_rate=0.3)
+    assert "several configurations (of 3 networks, else there is one) the best is taken" in caption()
+    write(tmp_path, 0.8, method="permavg", ensemble_size=2, extra_learning_rate=0.3)
+    assert "several configurations the best is taken" in caption()
+
+
 def test_the_last_epoch_of_a_run_is_measured_whether_it_trains_or_not(setting: Setting) -> None:
     runs = setting.runs.query("seed == 2 and form == '' and ensemble_size == 3").set_index("label")
     assert runs.loc["best single network", "test_accuracy"] == pytest.approx(84)
