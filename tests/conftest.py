@@ -1,4 +1,5 @@
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -11,6 +12,9 @@ from batchens.files import ROOT
 
 if "BATCHENS_TEST_GPU" not in os.environ:  # tests are of a CPU's numbers; those of a GPU run when that is set
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
+# in a script's `make test &` it is ignored, and so by the children that tests interrupt
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 class Place:
