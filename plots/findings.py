@@ -442,14 +442,14 @@ def claims() -> list[Claim]:
                     {"dataset": "fashion_mnist", "model": "mlp", "depth": 3},
                     "ensemble_size",
                     3,
-                    "Fashion-MNIST, networks of two and three hidden layers",
+                    "Fashion-MNIST, all of 2 and 3 networks of two and three hidden layers",
                     "python -m jobs submit parameter_averaging --grid deeper --cluster NAME",
                 ),
                 Missing(
                     {"dataset": "cifar10", "model": "cnn"},
                     "ensemble_size",
                     3,
-                    "a network of two convolutions on CIFAR-10",
+                    "two convolutions on CIFAR-10, all of 2 and 3 networks, 3 seeds",
                     "python -m jobs submit parameter_averaging --grid cnn --cluster NAME",
                 ),
                 Missing(
