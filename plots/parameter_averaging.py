@@ -849,7 +849,8 @@ def _chosen(runs: pd.DataFrame) -> str:
     several = [str(size) for size, count in candidates.items() if count > 1]
     if not several:
         return ""
-    some = f" (of {listed(several)} networks, else there is one)" if len(several) < (candidates.index > 1).sum() else ""
+    averages = (candidates.index > 1).sum()  # of one network there is nothing to choose
+    some = f" (of {listed(several)} networks, else there is one)" if len(several) < averages else ""
     return f" Of a method with several configurations{some} the best is taken, {ON_VALIDATION}."
 
 

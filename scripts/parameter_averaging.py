@@ -177,9 +177,10 @@ class Config:
         as_network = trained and self.method not in MATRICES
         if self.base_weights:
             settle("epochs", False, None, 0)
-            settle("warmup_epochs", as_network, None, 0.0)
-        none = {"epochs": 1, "warmup_epochs": min(self.warmup_epochs, 0.0)}  # its upper limit is another one, below
-        check(SimpleNamespace(**vars(self) | (none if self.base_weights else {})))
+            settle("warmup_epochs", as_network, 0.0, 0.0)
+        # networks from files have no epochs that could limit the warm-up; extra_epochs do, below
+        from_files = {"epochs": 1, "warmup_epochs": min(self.warmup_epochs, 0.0)}
+        check(SimpleNamespace(**vars(self) | (from_files if self.base_weights else {})))
         least |= {"depth": 1, "hidden_size": 1, "seed": 0} | ({"extra_epochs": 1} if trained else {})
         for name, value in least.items():
             if not (getattr(self, name) is None or getattr(self, name) >= value):
