@@ -115,12 +115,18 @@ class Setting(NamedTuple):
     runs: pd.DataFrame
 
 
-def setting_names(every: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Return a folder's name for each setting's fields: data and model, and what tells it from others of the same two."""
+def setting_names(found: Sequence[tuple[Mapping[str, Any], pd.DataFrame]]) -> list[str]:
+    """Return a folder's name for each setting's fields and runs: data and model, and what it does not share with the main one.
+
+    That is the setting of these two with most runs, which so keeps its name when others are tried beside it.
+    """
     names = []
-    for fields in every:
-        namesakes = [f for f in every if (f["dataset"], f["model"]) == (fields["dataset"], fields["model"])]
-        differing = [name for name in fields if len({str(f[name]) for f in namesakes}) > 1]
+    for fields, _ in found:
+        namesakes = [
+            one for one in found if (one[0]["dataset"], one[0]["model"]) == (fields["dataset"], fields["model"])
+        ]
+        main, _ = max(namesakes, key=lambda one: len(one[1]))
+        differing = [name for name in fields if str(fields[name]) != str(main[name])]
         names.append("-".join([fields["dataset"], fields["model"], *(f"{name}_{fields[name]}" for name in differing)]))
     return names
 

@@ -130,7 +130,7 @@ def method_name(method: str, size: int) -> str:
 def settings(df: pd.DataFrame) -> list[Setting]:
     """Return the settings of a results table, by name."""
     found = [(dict(runs.iloc[0][SETTING]), runs) for _, runs in summarise_runs(df).groupby(SETTING)]
-    names = setting_names([fields for fields, _ in found])
+    names = setting_names(found)
     return sorted(Setting(name, fields, _in_order(runs)) for name, (fields, runs) in zip(names, found, strict=True))
 
 

@@ -186,7 +186,7 @@ def settings(df: pd.DataFrame) -> list[Setting]:
         for name in ("depth", "hidden_size"):  # beside models that have none they are no integers
             fields[name] = int(fields[name]) if pd.notna(fields[name]) else None
         found.append((fields, _labelled(runs)))
-    short = [fields | {"base_digest": fields["base_digest"][:8] or "none"} for fields, _ in found]
+    short = [(fields | {"base_digest": fields["base_digest"][:8] or "none"}, runs) for fields, runs in found]
     names = setting_names(short)
     return sorted(Setting(name, *item) for name, item in zip(names, found, strict=True))
 

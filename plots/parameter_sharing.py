@@ -130,7 +130,7 @@ def settings(df: pd.DataFrame) -> list[Setting]:
         fields = {name: left.iloc[0][name] for name in SETTING}
         found.append((fields, _belonging(runs.drop(columns="unknown"), fields)))
         taken |= set(found[-1][1]["run_id"])
-    names = setting_names([fields for fields, _ in found])
+    names = setting_names(found)
     return sorted(Setting(name, *item) for name, item in zip(names, found, strict=True))
 
 

@@ -121,7 +121,7 @@ def test_a_setting_is_the_whole_configuration_but_what_is_varied(results: Path) 
     fields = {field.name for field in dataclasses.fields(Config)} - set(Config.INCIDENTAL)
     assert set(oc.CONFIG) == fields and len(oc.CONFIG) == len(fields)
     write(results, (0.6, 0.7, 0.8), 0.7, method="single", optimizer="sgd")
-    assert [setting.name for setting in oc.settings(read(results))] == ["digits-cnn-epochs_2", "digits-cnn-epochs_3"]
+    assert [setting.name for setting in oc.settings(read(results))] == ["digits-cnn", "digits-cnn-epochs_3"]
 
 
 def test_the_rate_is_chosen_on_validation_where_test_disagrees(results: Path) -> None:

@@ -115,9 +115,9 @@ def test_settings_join_references_and_separate_what_differs(results: Path) -> No
     write(results, (0.5, 0.6), 0.5, dataset="fashion_mnist", method="single")
     found = {setting.name: setting.runs for setting in pt.settings(read(results))}
     assert list(found) == [
-        "digits-cnn-batchnorm_member-regime_split", "digits-cnn-batchnorm_shared-regime_repeat", "fashion_mnist-cnn",
+        "digits-cnn", "digits-cnn-batchnorm_member-regime_split", "fashion_mnist-cnn",
     ]  # fmt: skip
-    whole = found["digits-cnn-batchnorm_shared-regime_repeat"]
+    whole = found["digits-cnn"]
     assert whole.groupby(["arm", "size"]).size().to_dict() == {
         ("batchensemble", 2): 6, ("deep_ensemble", 2): 2, ("longer", 2): 2, ("single", 1): 2,
     }  # fmt: skip
