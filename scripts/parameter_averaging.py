@@ -27,7 +27,8 @@ which networks it is of: `networks_digest`, of their weights, and what they were
 changes) and `networks_device`, joined by + where they differ, empty where it is not known, as of files. Splits:
 
     train, validation, test   as everywhere; `seconds` are of an epoch of extra training
-    .._stale                  BatchNorm's statistics averaged like weights; the others have them estimated anew
+    .._stale                  BatchNorm's statistics averaged like weights; the others have them estimated anew, on 10,000
+                              training images, augmented as in training
     .._projected              PermAVG's network with the permutation nearest to each matrix in its place, not trained any more
     reliability               x, y and n as everywhere
     matrix                    of a member's hidden `layer`, of `size` units: means of the `diagonal` and of each row's largest
@@ -327,7 +328,7 @@ def train(run: Run, config: Config) -> Path:
         if norms(network):
             if config.method not in TRAINED:
                 measured(network, ("validation", "test"), "_stale")
-            reestimate(network, some_of(images))
+            reestimate(network, some_of(config, images))
         return network
 
     model: nn.Module
@@ -350,7 +351,7 @@ def train(run: Run, config: Config) -> Path:
         start = model
         if isinstance(model, AveragedNetwork):
             start = model.export()
-            reestimate(start, some_of(images))
+            reestimate(start, some_of(config, images))
         measured(start, ("validation",))
         done = 0 if config.base_weights else len(networks) * config.epochs
         rows += fit(
@@ -374,10 +375,11 @@ def train(run: Run, config: Config) -> Path:
         rows += matrix_rows(model, epochs, pictures=config.seed == 0)
         if config.method == "permavg":
             projected = average(matched, model.project())
-            reestimate(projected, some_of(images))
+            reestimate(projected, some_of(config, images))
             measured(projected, ("validation", "test"), "_projected")
     if config.method == "weight_matching" and size == 2:
-        rows += lines(networks, "line", images, dtype) + lines(matched, "matched_line", images, dtype)
+        rows += lines(networks, "line", config, images, dtype)
+        rows += lines(matched, "matched_line", config, images, dtype)
     path = run.write(
         rows,
         measured=(*METRICS, *CURVE, "layer", "size", "diagonal", "row_max", "unique_argmax", "row_error", "barrier"),
@@ -669,11 +671,23 @@ def norms(network: "nn.Module") -> bool:
     return any(name.endswith("running_mean") for name in network.state_dict())
 
 
-def some_of(images: "Images") -> "Iterator[Tensor]":
-    """Return training images, in batches, that BatchNorm's statistics are estimated on."""
+def some_of(config: Config, images: "Images") -> "Iterator[Tensor]":
+    """Return training images, in batches, that BatchNorm's statistics are estimated on: augmented where networks see them so.
+
+    Weights are trained for the statistics of such images: two convolutions on CIFAR-10 that have 74.3 % with their own
+    have 74.2 with those of 10,000 augmented images, and 72.0 with those of the images as they are.
+    """
+    import torch
+
+    from batchens.data.augment import augment
+    from batchens.data.catalog import DATASETS
     from batchens.data.images import normalise
 
+    dataset = DATASETS[config.dataset]
+    draws = torch.Generator(images.train.images.device).manual_seed(config.seed)
     for x in images.train.images[:STATISTICS_IMAGES].split(500):
+        if config.augment:
+            x = augment(x, flip=dataset.flip, padding=dataset.padding, generator=draws)
         yield normalise(x, images.mean, images.std, channels_last=True)
 
 
@@ -741,7 +755,9 @@ def matrix_rows(model: "Any", epoch: int, pictures: bool) -> list[dict[str, Any]
     return rows
 
 
-def lines(networks: "Sequence[nn.Module]", name: str, images: "Images", dtype: "torch.dtype") -> list[dict[str, Any]]:
+def lines(
+    networks: "Sequence[nn.Module]", name: str, config: Config, images: "Images", dtype: "torch.dtype"
+) -> list[dict[str, Any]]:
     """Return the test accuracy and NLL of the networks on the line between two, and how much worse they get than the chord."""
     import torch
 
@@ -753,7 +769,7 @@ def lines(networks: "Sequence[nn.Module]", name: str, images: "Images", dtype: "
     points = []
     for share in shares.tolist():
         network = between(networks[0], networks[1], share)
-        reestimate(network, some_of(images))
+        reestimate(network, some_of(config, images))
         points.append(measure(predict(network, images, "test", 1, dtype), images.test.labels)[-1])
     rows = []
     for metric, worse in (("accuracy", -1), ("nll", 1)):
