@@ -120,7 +120,12 @@ def read_results(folder: Path, experiment: str) -> Any:
 
 
 @cache
-def _code_version() -> tuple[str, bool | None]:
+def code_version() -> tuple[str, bool | None]:
+    """Return the commit of this code and whether it was changed since, as they were when this process first asked.
+
+    Asked when a run is taken up: what is committed or edited while it trains is not what it runs.
+    """
+
     # only the code that makes numbers counts as dirty: a new result file or an edited README changes none
     def git(*arguments: str) -> str:
         return subprocess.run(
@@ -135,7 +140,7 @@ def _code_version() -> tuple[str, bool | None]:
 
 def provenance() -> dict[str, Any]:
     """Return where and by what code a run was made: commit, dirty, host, job_id, python, finished (UTC)."""
-    commit, dirty = _code_version()
+    commit, dirty = code_version()
     return {
         "commit": commit,
         "dirty": dirty,

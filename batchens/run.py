@@ -122,6 +122,7 @@ class Run:
         check_writable(self.result.parent)
         owner = self._claim()
         self.since = owner["since"]
+        results.code_version()
         try:
             self.failure.unlink(missing_ok=True)
             yield

@@ -452,6 +452,12 @@ def _mention_foreign(found: list[RunState]) -> None:
                 f"submitted on {record.host}, which can't be asked from here: if dead, delete {record.folder} and, in the "
                 "folders of its runs, claim.json"
             )
+    for one in alive:
+        if one.unasked and not (one.submission and one.submission.foreign()):
+            print(
+                f"{one.run.id} is held by process {one.owner['pid']} on {one.node}, which can't be asked from here: if dead, "
+                f"delete {one.run.claim}"
+            )
 
 
 def _summary(experiment: str, grid: str | None, states: list[RunState]) -> str:

@@ -129,7 +129,7 @@ def _requeue() -> None:
     """Have this job put back into the queue, as submitit does at the time limit; where that is refused, go on."""
     try:
         signal.raise_signal(signal.SIGUSR2)
-    except UncompletedJobError:
+    except OutOfTime:
         raise
     except Exception as refused:
         print(f"not requeued: {refused}", flush=True)

@@ -113,6 +113,10 @@ class Scheduler(ABC):
     def cancel_named(self, name: str) -> None:
         """Stop the jobs of this name, if there are any."""
 
+    @abstractmethod
+    def alive_named(self, name: str) -> bool:
+        """Say whether any job of this name has not ended. Raises Unreachable when the scheduler gave no answer."""
+
 
 def _run(command: Sequence[str], timeout: float = 60) -> subprocess.CompletedProcess[str]:
     try:
@@ -263,6 +267,11 @@ class Slurm(Scheduler):
         if (ran := _run(["scancel", f"--jobname={name}"])).returncode:
             raise Unreachable(f"scancel failed: {ran.stderr.strip()}")
 
+    def alive_named(self, name: str) -> bool:
+        if (ran := _run(["squeue", "--noheader", f"--name={name}"])).returncode:
+            raise Unreachable(f"squeue failed: {ran.stderr.strip()}")
+        return bool(ran.stdout.strip())
+
 
 def read_config(text: str) -> dict[str, str]:
     """Read lines of NAME = VALUE, as `scontrol show config`, `bparams` and `badmin showconf` print them."""
@@ -394,6 +403,12 @@ class Lsf(Scheduler):
             lsf.cancel_named(f"{name}*")
         except RuntimeError as error:
             raise Unreachable(str(error)) from error
+
+    def alive_named(self, name: str) -> bool:
+        answer = self._watcher.query("-J", f"{name}*")
+        if not answer.heard:
+            raise Unreachable(f"bjobs failed: {answer.problem}")
+        return any(lsf.STATES.get(info["Stat"]) not in lsf.ENDED for info in answer.jobs.values())
 
 
 def read_queues(text: str) -> dict[str, dict[str, str]]:

@@ -124,6 +124,8 @@ class RunState:
     """the last one that it was in"""
     job_id: str = ""
     node: str = ""
+    unasked: bool = False
+    """it is taken for alive, as its process is on another host and no scheduler is known to have started it"""
     held: bool = False
     """it was cancelled, and its job still lives: until that has ended, nobody else may take it up"""
 
@@ -208,6 +210,7 @@ def _look_closer(states: list[RunState], begun: set[str], records: list[Submissi
         if state.owner and _alive(state.owner, seen):
             job = seen.get(state.owner["job_id"])
             state.state, state.reason = "running", job.detail if job else ""  # such as: its host can't be reached
+            state.unasked = job is None and state.owner["host"] != socket.gethostname()
             state.job_id, state.node = state.owner["job_id"] or state.job_id, state.owner["host"]
             continue
         if record is None:

@@ -18,13 +18,14 @@ from filelock import SoftFileLock, Timeout
 from submitit.core.utils import FailedJobError, FailedSubmissionError
 
 from batchens.files import check_writable
-from batchens.run import Folders, born, read_json
-from jobs import clusters, schedulers
+from batchens.run import Folders, Run, born, read_json
+from jobs import clusters, experiments, schedulers
 from jobs.clusters import Cluster
 from jobs.element import Element, work
 from jobs.schedulers import Unreachable
 from jobs.states import ALIVE, LOCK, RunState, Submission, look, submissions
 
+ENDING = 90  # seconds that killed jobs get to end: SLURM sends SIGKILL after 30, LSF after 20
 ROOM = 64 * 2**20  # bytes that must fit: a VGG11's checkpoint with an optimizer's state has up to 110 MB, most have few
 LOCK_WAIT = 120  # seconds; a submission holds the lock for as long as the scheduler takes to answer
 
@@ -96,9 +97,10 @@ def submit(
         todo = todo_of(look(folders, experiment, configs), only)
         if not todo:
             return None
-        for state in todo:
-            _release(state)
         elements = elements_of(todo, runs_per_job)
+        arrays = []
+        if cluster.scheduler != "local":
+            arrays = chunks_of(elements, schedulers.ALL[cluster.scheduler].array_limit(), max_parallel)
         name = f"{datetime.now(UTC):%Y%m%dT%H%M%S}-{os.getpid()}"
         record = Submission(
             folders.runs / experiment / "submissions" / name / "record.json",
@@ -113,10 +115,14 @@ def submit(
         )
         record.folder.mkdir(parents=True)
         record.write()
-        if cluster.scheduler == "local":
-            _start_local(record, cluster, folders, clusters.local_workers(max_parallel, len(elements)))
-        else:
-            _submit_arrays(record, cluster, folders, max_parallel)
+        released = {state.run.id: _release(state) for state in todo}
+        try:
+            if cluster.scheduler == "local":
+                _start_local(record, cluster, folders, clusters.local_workers(max_parallel, len(elements)))
+            else:
+                _submit_arrays(record, cluster, folders, arrays)
+        finally:
+            _settle(record, released)
         return record
 
 
@@ -172,13 +178,15 @@ def job_name(record: Submission, chunk: int) -> str:
     return f"{record.experiment[:20]}-{record.name}-{chunk}"
 
 
-def _submit_arrays(record: Submission, cluster: Cluster, folders: Folders, max_parallel: int | None) -> None:
+def _submit_arrays(
+    record: Submission, cluster: Cluster, folders: Folders, arrays: list[tuple[list[list[str]], int | None]]
+) -> None:
     scheduler = schedulers.ALL[cluster.scheduler]
     logs = record.folder / "logs"
     logs.mkdir()
     element = Element(record.experiment, folders, cluster.minutes)
     try:
-        for number, (chunk, parallel) in enumerate(chunks_of(record.elements, scheduler.array_limit(), max_parallel)):
+        for number, (chunk, parallel) in enumerate(arrays):
             executor = scheduler.executor(logs, cluster, job_name(record, number), parallel)
             try:
                 with schedulers.outside():
@@ -191,11 +199,13 @@ def _submit_arrays(record: Submission, cluster: Cluster, folders: Folders, max_p
             record.write()
     except BaseException as error:
         submitted = len(record.jobs)
-        record.elements = record.elements[:submitted]
-        record.write()
-        if not submitted:
-            shutil.rmtree(record.folder, ignore_errors=True)
-        if isinstance(error, subprocess.SubprocessError | FailedSubmissionError | FailedJobError | OSError):
+        refused = isinstance(error, subprocess.SubprocessError | FailedSubmissionError | FailedJobError)
+        if refused:  # else some of it may have begun: `_mend`
+            record.elements = record.elements[:submitted]
+            record.write()
+            if not submitted:
+                shutil.rmtree(record.folder, ignore_errors=True)
+        if refused or isinstance(error, OSError):
             raise RuntimeError(
                 f"{submitted} array elements were submitted, then {scheduler.submit_command} failed; the same command "
                 f"submits the rest: {' '.join(str(error).split())}"
@@ -204,28 +214,76 @@ def _submit_arrays(record: Submission, cluster: Cluster, folders: Folders, max_p
 
 
 def _mend(folders: Folders, experiment: str) -> None:
-    """Bring records to an end whose submitter died: cancel the array whose ids it could not write down.
+    """Bring records to an end whose submitter died: cancel the array whose ids it could not write down, and see it end.
 
-    A live one would hold the lock that we hold.
+    A live one would hold the lock that we hold. Runs of that array may have begun, on hosts whose processes can't be seen
+    from here; once they are in no record, no scheduler would be asked about them any more.
+
+    Raises:
+        Unreachable: the scheduler does not answer, or jobs have not ended yet; the record is left as it was.
     """
     for record in submissions(folders, experiment):
         if len(record.jobs) >= len(record.elements) or record.scheduler == "local":
             continue
-        arrays = {job.partition("_")[0] for job in record.jobs}
-        schedulers.ALL[record.scheduler].cancel_named(job_name(record, len(arrays)))
+        name = job_name(record, len({job.partition("_")[0] for job in record.jobs}))
+        scheduler = schedulers.ALL[record.scheduler]
+        scheduler.cancel_named(name)
+        until = time.monotonic() + ENDING
+        while scheduler.alive_named(name):
+            if time.monotonic() > until:
+                raise Unreachable(
+                    f"a submission was cut short and its jobs are cancelled, but {ENDING} s later not all have ended: {name}; "
+                    "submit again when they have"
+                )
+            time.sleep(1)
+        cut = [run_id for element in record.elements[len(record.jobs) :] for run_id in element]
+        known = experiments.runs_of(experiment)
+        for run in (Run(experiment, known[run_id], folders, run_id) for run_id in cut if run_id in known):
+            if "_" in read_json(run.claim).get("job_id", ""):  # of an element, not of who does the run by hand
+                run.claim.unlink(missing_ok=True)
+            for path in (run.cancelled, run.failure, run.claim):
+                _put_back(path)
         record.elements = record.elements[: len(record.jobs)]
         record.write()
+        print(
+            f"cancelled: {len(cut)} runs of {record.folder}, a submission that was cut short; they can be submitted anew"
+        )
 
 
-def _release(state: RunState) -> None:
-    """Take away what a dead job left: its claim, which other hosts can't see to be dead, and the marks of how it ended.
+def _release(state: RunState) -> list[Path]:
+    """Put aside what a dead job left: its claim, which other hosts can't see to be dead, and the marks of how it ended.
 
     By a disk's clock that is ahead of ours, an old failure would pass for one of the new job, which then skips the run.
+    Return what was there: it is put back if the scheduler does not take the run.
     """
-    state.run.cancelled.unlink(missing_ok=True)
-    state.run.failure.unlink(missing_ok=True)
-    if state.owner and read_json(state.run.claim) == state.owner:
-        state.run.claim.unlink(missing_ok=True)
+    run, there = state.run, []
+    for path in (run.cancelled, run.failure, run.claim):
+        if path != run.claim or (state.owner and read_json(path) == state.owner):
+            with suppress(FileNotFoundError):
+                path.rename(_aside(path))
+                there.append(path)
+    return there
+
+
+def _settle(record: Submission, released: Mapping[str, list[Path]]) -> None:
+    """Delete what `_release` put aside of runs that were handed over, and put back what it did of those that were refused."""
+    job_of = dict.fromkeys(record.run_ids(), "local") if record.scheduler == "local" else record.job_of()
+    for run_id, paths in released.items():
+        for path in paths:
+            if run_id not in job_of:
+                _put_back(path)
+            elif job_of[run_id]:  # else nobody knows yet: `_mend` puts it back
+                _aside(path).unlink(missing_ok=True)
+
+
+def _aside(path: Path) -> Path:
+    return path.with_name(f".{path.name}.before")
+
+
+def _put_back(path: Path) -> None:
+    with suppress(FileNotFoundError, FileExistsError):
+        os.link(_aside(path), path)
+    _aside(path).unlink(missing_ok=True)
 
 
 def _start_local(record: Submission, cluster: Cluster, folders: Folders, workers: int) -> None:
@@ -285,7 +343,8 @@ def cancel(experiment: str, configs: Mapping[str, Any], chosen: Collection[str],
                 stopped.alone.add(f"{record.folder} was submitted on {record.host}; cancel it there")
             elif holder is None:
                 process = f"process {state.owner.get('pid')} on {state.node}"
-                stopped.alone.add(f"{state.run.id} was started by hand, as {process}")
+                dead = f"; if that is dead, delete {state.run.claim}" if state.unasked else ""
+                stopped.alone.add(f"{state.run.id} was started by hand, as {process}{dead}")
             else:
                 state.run.folder.mkdir(parents=True, exist_ok=True)
                 state.run.cancelled.touch()

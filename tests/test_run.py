@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from batchens import results
 from batchens import run as module
 from batchens.files import ROOT
 from batchens.results import METRICS, damage, read_results
@@ -245,6 +246,25 @@ def test_a_result_has_the_configuration_the_measurements_and_the_provenance_and_
     assert not {"device", "threads", "compile"} & set(read.columns)
     assert read["nll"].tolist() == [2.5, 1 / 3] and read["brier"].isna().tolist() == [True, False]
     assert read["parameters"].tolist() == [60_554] * 2 and set(read["host"]) == {socket.gethostname()}
+
+
+def test_a_result_names_the_code_that_its_run_began_with(run, tmp_path, monkeypatch):
+    def commit() -> str:
+        words = ["git", "-C", tmp_path, "-c", "user.name=x", "-c", "user.email=x"]
+        subprocess.run([*words, "commit", "--quiet", "--allow-empty", "-m", "x"], check=True)
+        return subprocess.run([*words, "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
+
+    subprocess.run(["git", "init", "--quiet", tmp_path], check=True)
+    monkeypatch.setattr(results, "ROOT", tmp_path)
+    results.code_version.cache_clear()
+    try:
+        before = commit()
+        with run.taken():
+            assert commit() != before
+            run.write([{**ROW, "split": "test", "member": None}])
+    finally:
+        results.code_version.cache_clear()
+    assert set(read_results(run.folders.results, "e")["commit"]) == {before}
 
 
 def test_half_a_result_is_not_done(run):

@@ -123,9 +123,7 @@ def serve(job: Path) -> None:
         for one in elements(job):
             if read(one / "stat") != "PEND":
                 continue
-            if (one / "killed").exists():
-                write(one / "stat", "EXIT")
-            elif len(running) < options["parallel"]:
+            if not (one / "killed").exists() and len(running) < options["parallel"]:
                 running[one] = start(job, one, options)
         if not running and not requeued and all(read(one / "stat") in ("DONE", "EXIT") for one in elements(job)):
             return
@@ -284,6 +282,8 @@ def bkill(arguments: list[str]) -> int:
             continue
         if wanted == "INT":
             write(one / "killed", "")
+            if read(one / "stat") == "PEND":
+                write(one / "stat", "EXIT")
         if read(one / "stat") == "RUN":
             send(one, getattr(signal, f"SIG{wanted}"))
         print(f"Job <{label(one)}> is being {'terminated' if wanted == 'INT' else 'signaled'}")

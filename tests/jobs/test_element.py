@@ -7,6 +7,7 @@ import sys
 import time
 
 import pytest
+from submitit.core.utils import UncompletedJobError
 
 from batchens.files import ROOT
 from batchens.run import Run
@@ -46,6 +47,19 @@ def test_runs_that_the_remaining_time_may_not_hold_are_handed_on(place, requeued
     assert place.states() == {"done": 1, "missing": 5}
     assert work(EXPERIMENT, [ids], None, place.folders, until=time.time() + 600) == 2
     assert place.states() == {"done": 2, "missing": 4}
+
+
+def test_where_a_job_cannot_be_requeued_it_goes_on_with_the_time_it_has(place, capsys):
+    def refused(number, frame):  # as of LSF where nodes have no brequeue
+        raise UncompletedJobError("Job not requeued because brequeue failed")
+
+    before = signal.signal(signal.SIGUSR2, refused)
+    try:
+        assert work(EXPERIMENT, [list(place.configs)[:3]], None, place.folders, until=time.time() + 0.1) == 3
+    finally:
+        signal.signal(signal.SIGUSR2, before)
+    assert "not requeued: Job not requeued because brequeue failed" in capsys.readouterr().out
+    assert place.states() == {"done": 3, "missing": 3}
 
 
 def test_a_cancelled_run_is_passed_over(place, capsys):

@@ -11,7 +11,7 @@ import pytest
 
 from batchens.files import ROOT
 from batchens.results import damage, read_results
-from batchens.run import read_json
+from batchens.run import Run, read_json
 from jobs.experiments import runs_of
 from jobs.states import look, submissions
 
@@ -278,6 +278,16 @@ def test_what_another_host_or_another_results_folder_holds_is_no_business_of_thi
     assert "cancel it there" in place.jobs("cancel", EXPERIMENT)
     (folder / "record.json").write_text('{"a": 1}')
     assert place.states() == {"missing": 6}
+
+
+def test_of_a_run_that_was_begun_by_hand_on_another_host_it_is_said_how_to_free_it(place):
+    run = Run(EXPERIMENT, next(iter(SMOKE.values())), place.folders)
+    run.folder.mkdir(parents=True)
+    run.claim.write_text(json.dumps({"host": "n-7", "pid": 4, "born": "1", "job_id": "12", "since": 0, "token": "x"}))
+    for command in ("status", "cancel"):
+        said = place.jobs(command, EXPERIMENT, "--grid", "smoke")
+        assert "process 4 on n-7" in said and f"delete {run.claim}" in said
+    assert place.states() == {"missing": 5, "running": 1}
 
 
 def test_a_record_cut_short_by_a_crash_is_not_read_as_a_submission(place):

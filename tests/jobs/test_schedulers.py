@@ -1,5 +1,6 @@
 """What schedulers say of jobs, in one language; and arrays of `jobs` on the LSF stand-in, with what goes wrong there."""
 
+import json
 import os
 import signal
 import socket
@@ -9,7 +10,7 @@ import time
 import pytest
 
 from batchens.run import Run
-from jobs import clusters, logs, schedulers, states
+from jobs import clusters, logs, schedulers, states, submission
 from jobs.__main__ import _Patient, _ranges
 from jobs.clusters import Cluster
 from jobs.doctor import Report, ask_submission
@@ -245,6 +246,56 @@ def test_an_array_whose_submitter_was_killed_before_it_knew_the_ids_is_ended_by_
     assert all((stand_in.folder / "1" / str(index) / "killed").exists() for index in range(1, 7))
     place.wait()
     assert place.states() == {"done": 6} and set(place.table().job_id) == {f"2_{index}" for index in range(1, 7)}
+
+
+def test_runs_of_an_array_whose_submitter_was_killed_start_anew_though_they_had_begun_on_another_host(place, stand_in):
+    """It died when the array was taken and its ids were not written down; the run's process is out of sight from here."""
+    begun, *_ = [Run(EXPERIMENT, config, place.folders) for config in place.configs.values()]
+    path = place.folders.runs / EXPERIMENT / "submissions" / "x" / "record.json"
+    path.parent.mkdir(parents=True)
+    results, dead = str(place.folders.results), {"pid": 1, "born": "never"}
+    record = Submission(
+        path, EXPERIMENT, "site", "lsf", socket.gethostname(), dead, time.time(), results, [[i] for i in place.configs]
+    )
+    record.write()
+    stand_in.executor(name=submission.job_name(record, 0)).map_array(time.sleep, [60, 60])
+    begun.folder.mkdir(parents=True)
+    begun.claim.write_text(
+        json.dumps({"host": "n-7", "pid": 1, "born": "1", "job_id": "1_1", "since": 0, "token": "x"})
+    )
+    begun.claim.with_name(".failure.txt.before").write_text("RuntimeError: of the time before\n")
+    assert place.states() == {"running": 1, "missing": 5}
+    said = place.jobs("submit", EXPERIMENT, "--grid", "demo", "--cluster", "site", "--dry-run")
+    assert "cancelled" not in said  # a dry run changes nothing
+    with submission.alone(place.folders, EXPERIMENT):
+        submission._mend(place.folders, EXPERIMENT)
+    assert "6 runs" in (mended := place.jobs("status", EXPERIMENT, "--grid", "smoke")), mended
+    assert all((stand_in.folder / "1" / str(index) / "killed").exists() for index in (1, 2))
+    assert place.states() == {"failed": 1, "missing": 5}
+    assert "submitted 6 runs" in place.jobs(*SUBMIT)
+    place.wait()
+    assert place.states() == {"done": 6}
+
+
+def test_a_refused_submission_leaves_the_marks_of_how_runs_ended(place, stand_in):
+    failed, cancelled, *_ = [Run(EXPERIMENT, config, place.folders) for config in place.configs.values()]
+    for run in (failed, cancelled):
+        run.folder.mkdir(parents=True)
+    failed.failure.write_text("OutOfMemoryError: too large\n")
+    cancelled.cancelled.touch()
+    before = {"failed": 1, "cancelled": 1, "missing": 4}
+    assert place.states() == before
+    stand_in.fault(esub=True)
+    place.jobs(*SUBMIT, code=1)
+    place.jobs("retry", EXPERIMENT, "--grid", "smoke", "--state", "failed", "--cluster", "site", code=1)
+    assert place.states() == before
+    assert [path.name for path in failed.folder.iterdir()] == ["failure.txt"]
+    assert "OutOfMemoryError: too large" in place.jobs("status", EXPERIMENT, "--grid", "smoke")
+    stand_in.fault(esub=0)
+    place.jobs(*SUBMIT)
+    place.wait()
+    assert place.states() == {"done": 6}
+    assert not list(failed.folder.iterdir()) and not list(cancelled.folder.iterdir())
 
 
 def test_a_failure_before_the_submission_by_a_clock_that_is_ahead_is_no_failure_after_it(place, stand_in):
