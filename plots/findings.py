@@ -28,7 +28,8 @@ What the study that this suite grew from printed, what was wrong with it, and wh
 `python -m plots findings`; what is under **Measured** is worded from the CSV files in `results/`, every number of it, and
 a test fails when it is out of date. Mean ± standard deviation over seeds; intervals are of 95 %, by Student's t over
 paired seeds; none is corrected for the number of comparisons. They cover seeds alone: all of them are measured on one
-test set. Learning rates and initial values are chosen on validation. No run chooses by the test set. A run reads it at
+test set. Where several learning rates or initial values were tried, validation chose; the text says where one alone was
+tried. No run chooses by the test set. A run reads it at
 its end; those of parameter averaging read it more than once: of each network at the end of its training, of what is made
 of them, also with a permutation in the place of each matrix and with BatchNorm's statistics averaged, and at points of
 the line between two networks.
@@ -356,10 +357,11 @@ def claims() -> list[Claim]:
         ),
         Claim(
             "Sharing parameters costs little",
-            """It depends on what is shared, in one small network. Layers tied within a network cost nothing that is shown.
-            Of what a deep ensemble gains over a single network, ties of the early or of all layers between its members
-            take a large part, those of the deep layers nothing that is shown. Training a single network longer gains
-            more than any of it.""",
+            """It depends on what is shared, in one small network, at one learning rate, which was chosen for the single
+            network, members' factors starting at random signs. Layers tied within a network cost nothing that is shown. Of
+            what a deep ensemble gains over a single network, ties of the early or of all layers between its members take a
+            large part, those of the deep layers nothing that is shown. Training a single network longer gains more than any
+            of it.""",
             """VGG-like networks on CIFAR-10, one run each: within a network 73.4 % without sharing, 72.6 to 73.8 with;
             between 8 members 72.1 without, 69.6 to 72.5 with; both 72.8 and 73.4 to 74.2. On CIFAR-20 within a network
             62.7 without, 65.2 deep, 63.9 all, and 5.0 early.""",
@@ -387,7 +389,8 @@ def claims() -> list[Claim]:
         Claim(
             "A BatchEnsemble knows what it does not know (toy regression)",
             """In part. Deep ensembles and BatchEnsembles are closer to the true distribution than a single network in some
-            comparisons, and further from it in none; between the two no difference is shown in most. In the gap their
+            comparisons, and further from it in none. Between the two no difference is shown in most; where members share each
+            batch the deep ensemble is better in some, and worse in none. In the gap their
             intervals cover about what they should. Outside of the range of the training data all of them are far too sure.""",
             "Figures of one seed, without numbers.",
             """The prediction had no variance, so the uncertainty was the spread of the members alone; the result depended
@@ -406,13 +409,14 @@ def claims() -> list[Claim]:
         ),
         Claim(
             "PermAVG makes one network as good as a deep ensemble",
-            """It does not. In the thesis' own setting, with networks whose training ends where it should, PermAVG is worse
-            than the best of the networks that it is made of, and than all else that is trained for as many epochs. It is
-            better only than averages that nothing is trained of, of which the naive one is far worse than any network.""",
+            """It does not. In the thesis' setting, with networks whose training ends where it should and that see random crops
+            beside its flips, PermAVG is worse than the best of the networks that it is made of, and than all else that is
+            trained for as many epochs. It is better only than averages that nothing is trained of, of which the naive one
+            is far worse than any network.""",
             """Three networks 784-512-10 on Fashion-MNIST, one run: 87.97, 84.28 and 87.30 % test accuracy, deep ensemble
             88.54, knowledge distillation 88.81, naive average 76.06, PermAVG 88.87.""",
-            """The networks' learning rate went up and down every 40 steps and ended at its maximum, so that they were poor
-            and unequal. The matrices are doubly stochastic, not permutations: they mix units, have more free parameters
+            """The networks' learning rate went up and down every 40 steps and ended at its maximum, so that they were
+            unequal. The matrices are doubly stochastic, not permutations: they mix units, have more free parameters
             than the network that comes of them, and were trained on the labels for as many epochs as the networks; but
             for the distilled student nothing that it was compared with had such training. At the start they averaged
             nearly all units (0.005 on the diagonal, 0.002 elsewhere). Logits were averaged, nothing was validated, and
@@ -447,6 +451,13 @@ def claims() -> list[Claim]:
                         "python -m jobs submit parameter_averaging --grid deeper --cluster NAME",
                     )
                     for depth, number in ((2, "two"), (3, "three"))
+                ),
+                Missing(
+                    {"dataset": "fashion_mnist", "model": "mlp", "augment": False},
+                    "method",
+                    10,
+                    "Fashion-MNIST, three networks that see images without crops and flips, 5 seeds",
+                    "python -m jobs submit parameter_averaging --grid unaugmented --cluster NAME",
                 ),
                 Missing(
                     {"dataset": "cifar10", "model": "cnn"},

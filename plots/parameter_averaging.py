@@ -767,12 +767,15 @@ def norm_of_matrix(values: np.ndarray) -> tuple[Normalize, str]:
 def draw_cost(every: Sequence[Cell], ax: Axes, *, x: str, y: str) -> Axes:
     """Draw a measure against a cost, logarithmic: small dots are runs, large ones cells, at their mean and median cost.
 
-    The median, as what else the machine did while one run was timed is in the mean, and not in that.
+    The median, as what else the machine did while one run was timed is in the mean, and not in that; nor is there a large
+    dot where some runs were not timed and fewer than three were.
     """
     for cell in reversed(every):
         look, runs = cell.look, cell.runs
         first = cell.arm == "single" and cell.runs["ensemble_size"].iloc[0] == 1
         ax.plot(runs[x], runs[y], look.marker, color=look.colour, ms=2.4, mew=0, alpha=0.5)
+        if runs[x].isna().any() and runs[x].count() < 3:
+            continue
         face: dict[str, Any] = {"mfc": "white", "mec": look.colour} if first else {"mec": "white"}
         ax.plot(runs[x].median(), runs[y].mean(), look.marker, color=look.colour, ms=6, mew=0.7, zorder=3, **face)
     in_view = [cell.runs[y] for cell in every if cell.arm not in UNTRAINED] or [cell.runs[y] for cell in every]
@@ -986,7 +989,7 @@ def _matrix_figures(setting: Setting, df: pd.DataFrame) -> Figures:
         and (in_order := picture(df, str(run.run_id), "picture_ordered")) is not None
     ]
     if shown:
-        titles = [fill(label, 19, break_on_hyphens=False) for label, *_ in shown]
+        titles = [fill(label.replace("extra learning ", ""), 19, break_on_hyphens=False) for label, *_ in shown]
         figure = new_figure(TEXT_WIDTH * max(3, len(shown)) / 5, 3.4)
         axes = figure.subplots(2, len(shown), squeeze=False)
         for column, title, (_, *both) in zip(axes.T, titles, shown, strict=True):
@@ -1007,9 +1010,10 @@ def _matrix_figures(setting: Setting, df: pd.DataFrame) -> Figures:
         yield (
             "matrices",
             f"A learned matrix of {size} networks: member 1, first hidden layer, seed 0, the first {units} {TIMES} {units} "
-            "entries, as learned (above) and with its columns in the order of the nearest permutation (below), where a "
-            f"permutation would be the diagonal. Scales are logarithmic, below 0.0001 all is dark; those of free mixing have a "
-            f"sign, and are linear up to 0.01.{_row_error(df[df['run_id'].isin(set(first['run_id']))])}",
+            "entries, as learned (above; rate: the learning rate) and with its columns in the order of the nearest permutation "
+            "(below), where a permutation would be the diagonal. Scales are logarithmic, below 0.0001 all is dark; those of "
+            "free mixing have a sign, and are linear up to 0.01."
+            + _row_error(df[df["run_id"].isin(set(first["run_id"]))]),
             figure,
         )
     matrices = summarise_matrices(df).merge(runs, on="run_id")
@@ -1083,7 +1087,8 @@ def _cost_figure(setting: Setting, df: pd.DataFrame) -> Figures:
     for ax in axes[1:]:
         ax.set_ylabel("")
     costs = {
-        "total_seconds": "the seconds of training, the networks' and what comes after, matching included",
+        "total_seconds": "the seconds of training, of all networks (for the best single one too) and of what comes after, "
+        "matching included",
         "relative_speed": "images per second in inference, of the runs that timed a plain network in turn with their own",
     }
     there = {cell.arm for cell in every}
@@ -1093,8 +1098,9 @@ def _cost_figure(setting: Setting, df: pd.DataFrame) -> Figures:
         f"Final test accuracy of what is made of {size} networks against {', and against '.join(costs[x] for x in axes_of)}; "
         "logarithmic. The open circle is the first network alone. Small dots are runs, large ones means over seeds at the "
         "median cost, "
-        f"{_n(every)}; not all runs timed inference. Averages that nothing was trained of may lie below what is in view; the "
-        f"table has them. {measured_on(setting.runs, [*CELL, 'form'])}{_rates(every)}",
+        f"{_n(every)}; not all runs timed inference, and where fewer than three did there is no large one. Averages that "
+        f"nothing was trained of may lie below what is in view; the table has them. "
+        f"{measured_on(setting.runs, [*CELL, 'form'])}{_rates(every)}",
         figure,
     )
 

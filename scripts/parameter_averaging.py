@@ -268,11 +268,13 @@ GRIDS = {
         seed=range(2),
     ),
     "demo": study(DIGITS, (2, 4), range(3), (0.1, 1.0), rates=True),
-    # the thesis' setting: its three networks; and other numbers of them, at the default rates
+    # the thesis' setting, with random crops beside its flips: its three networks; other numbers of them, at the default rates
     "thesis": study(FASHION, (3,), range(5), (0.1, 1.0), rates=True),
     "fashion_mnist": unique(
         [*study(FASHION, (3,), range(5), (0.1, 1.0), rates=True), *study(FASHION, (2, 5, 8), range(5), (0.1, 1.0))]
     ),
+    # without crops and flips: the thesis, with flips alone, stands between this and the one above
+    "unaugmented": study(replace(FASHION, augment=False), (3,), range(5), (0.1, 1.0)),
     "deeper": unique([config for depth in (2, 3) for config in study(replace(FASHION, depth=depth), (2, 3), range(3))]),
     "cnn": study(CNN, (2, 3), range(3)),
     "vgg11": unique(
