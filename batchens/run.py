@@ -68,6 +68,7 @@ class Run:
         self.experiment, self.config, self.folders = experiment, config, folders
         self.id = known_id or run_id(config)
         self.since = 0.0
+        self.code: list[tuple[str, bool | None]] = []
 
     # made when asked for: of ten thousand listed runs most paths are not wanted
 
@@ -122,7 +123,9 @@ class Run:
         check_writable(self.result.parent)
         owner = self._claim()
         self.since = owner["since"]
-        results.code_version()
+        # of each attempt that the checkpoint holds epochs of, and ours
+        before = read_json(self.progress).get("code", []) if self.checkpoint.exists() else []
+        self.code = list(dict.fromkeys([*map(tuple, before), results.code_version()]))
         try:
             self.failure.unlink(missing_ok=True)
             yield
@@ -192,6 +195,7 @@ class Run:
                     "accuracy": row["accuracy"],
                     "seconds": row["seconds"],
                     "updated": time.time(),
+                    "code": self.code,
                 }
             ),
         )
@@ -207,12 +211,16 @@ class Run:
     def write(self, rows: Sequence[dict[str, Any]], *, measured: Sequence[str] = results.METRICS, **facts: Any) -> Path:
         """Write the result of the run: each row with the configuration, `facts` and the provenance; clear its folder.
 
-        `measured` names the columns of what was measured; a row that lacks one has an empty cell there.
+        `measured` names the columns of what was measured; a row that lacks one has an empty cell there. Of a run that went on
+        with other code `commit` names all, joined by +.
         """
         incidental = self.config.INCIDENTAL
         config = {name: value for name, value in asdict(self.config).items() if name not in incidental}
         head = {"run_id": self.id, "experiment": self.experiment, **config}
         tail = {**facts, **results.provenance()}
+        if len(self.code) > 1:
+            commits, dirty = zip(*self.code, strict=True)
+            tail |= {"commit": " + ".join(dict.fromkeys(commits)), "dirty": any(dirty)}
         columns = ("epoch", "split", "member", *measured, "seconds", "images_per_second", "peak_memory_mb")
         results.write_run(self.result, [{**head, **{name: row.get(name) for name in columns}, **tail} for row in rows])
         for path in (self.checkpoint, self.progress):

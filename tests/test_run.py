@@ -248,7 +248,7 @@ def test_a_result_has_the_configuration_the_measurements_and_the_provenance_and_
     assert read["parameters"].tolist() == [60_554] * 2 and set(read["host"]) == {socket.gethostname()}
 
 
-def test_a_result_names_the_code_that_its_run_began_with(run, tmp_path, monkeypatch):
+def test_a_result_names_the_code_that_its_run_began_with_and_went_on_with(run, tmp_path, monkeypatch):
     def commit() -> str:
         words = ["git", "-C", tmp_path, "-c", "user.name=x", "-c", "user.email=x"]
         subprocess.run([*words, "commit", "--quiet", "--allow-empty", "-m", "x"], check=True)
@@ -256,15 +256,24 @@ def test_a_result_names_the_code_that_its_run_began_with(run, tmp_path, monkeypa
 
     subprocess.run(["git", "init", "--quiet", tmp_path], check=True)
     monkeypatch.setattr(results, "ROOT", tmp_path)
+    row = {**ROW, "split": "validation", "member": None, "accuracy": 0.5, "nll": 1.0}
     results.code_version.cache_clear()
     try:
-        before = commit()
+        first = commit()
         with run.taken():
-            assert commit() != before
-            run.write([{**ROW, "split": "test", "member": None}])
+            second = commit()
+            run.after_epoch([row], 2)
+            run.checkpoint.write_text("")
+        results.code_version.cache_clear()  # another process, which goes on
+        with run.taken():
+            run.write([row])
+        assert set(read_results(run.folders.results, "e")["commit"]) == {f"{first} + {second}"}
+        run.result.unlink()
+        with run.taken():  # from the beginning
+            run.write([row])
+        assert set(read_results(run.folders.results, "e")["commit"]) == {second}
     finally:
         results.code_version.cache_clear()
-    assert set(read_results(run.folders.results, "e")["commit"]) == {before}
 
 
 def test_half_a_result_is_not_done(run):
