@@ -228,19 +228,25 @@ def _mend(folders: Folders, experiment: str) -> None:
         name = job_name(record, len({job.partition("_")[0] for job in record.jobs}))
         scheduler = schedulers.ALL[record.scheduler]
         scheduler.cancel_named(name)
+        known = experiments.runs_of(experiment)
+        cut = [run_id for element in record.elements[len(record.jobs) :] for run_id in element]
+        runs = [Run(experiment, known[run_id], folders, run_id) for run_id in cut if run_id in known]
         until = time.monotonic() + ENDING
-        while scheduler.alive_named(name):
+        while True:
+            claims = {run.claim: read_json(run.claim).get("job_id", "") for run in runs}
+            claims = {path: job for path, job in claims.items() if "_" in job}  # an element's, not of a run by hand
+            asked = scheduler.ask(dict.fromkeys(claims.values(), record.submitted)) if claims else {}
+            if not scheduler.alive_named(name) and all(job.state == "ended" for job in asked.values()):
+                break
             if time.monotonic() > until:
                 raise Unreachable(
                     f"a submission was cut short and its jobs are cancelled, but {ENDING} s later not all have ended: {name}; "
                     "submit again when they have"
                 )
             time.sleep(1)
-        cut = [run_id for element in record.elements[len(record.jobs) :] for run_id in element]
-        known = experiments.runs_of(experiment)
-        for run in (Run(experiment, known[run_id], folders, run_id) for run_id in cut if run_id in known):
-            if "_" in read_json(run.claim).get("job_id", ""):  # of an element, not of who does the run by hand
-                run.claim.unlink(missing_ok=True)
+        for path in claims:
+            path.unlink(missing_ok=True)
+        for run in runs:
             for path in (run.cancelled, run.failure, run.claim):
                 _put_back(path)
         record.elements = record.elements[: len(record.jobs)]
