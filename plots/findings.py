@@ -455,9 +455,9 @@ def claims() -> list[Claim]:
                 ),
                 Missing(
                     {"dataset": "fashion_mnist", "model": "mlp", "augment": False},
-                    "method",
-                    10,
-                    "Fashion-MNIST, three networks that see images without crops and flips, 5 seeds",
+                    "extra_learning_rate",
+                    7,
+                    "Fashion-MNIST without crops and flips, all of three networks, with three learning rates",
                     "python -m jobs submit parameter_averaging --grid unaugmented --cluster NAME",
                 ),
                 Missing(

@@ -274,7 +274,7 @@ GRIDS = {
         [*study(FASHION, (3,), range(5), (0.1, 1.0), rates=True), *study(FASHION, (2, 5, 8), range(5), (0.1, 1.0))]
     ),
     # without crops and flips: the thesis, with flips alone, stands between this and the one above
-    "unaugmented": study(replace(FASHION, augment=False), (3,), range(5), (0.1, 1.0)),
+    "unaugmented": study(replace(FASHION, augment=False), (3,), range(5), (0.1, 1.0), rates=True),
     "deeper": unique([config for depth in (2, 3) for config in study(replace(FASHION, depth=depth), (2, 3), range(3))]),
     "cnn": study(CNN, (2, 3), range(3)),
     "vgg11": unique(
