@@ -12,6 +12,7 @@ Some runs are measured in a second *form*: PermAVG with a permutation in the pla
 whose BatchNorm statistics are averages too (stale). A form is never chosen and never compared as if it were the method.
 """
 
+import re
 from collections.abc import Collection, Iterable, Sequence
 from textwrap import fill
 from typing import Any, NamedTuple
@@ -458,7 +459,11 @@ def _sentences(setting: Setting, df: pd.DataFrame) -> list[str]:
 
     spread = " ± standard deviation" if max(len(cell.runs) for cell in every) > 1 else ""
     n = _n(every).removeprefix("n = ")
-    head = f"{f['dataset']}, {f['model']}, {size} networks{_epochs_of(f)}, {n}, final test accuracy (mean{spread})."
+    own = setting.name.removeprefix(f"{f['dataset']}-{f['model']}")  # what tells it from others of the same two
+    own = re.sub("-(?=[a-z])", ", ", own).replace("_", " ")
+    head = (
+        f"{f['dataset']}, {f['model']}{own}, {size} networks{_epochs_of(f)}, {n}, final test accuracy (mean{spread})."
+    )
     absent = [ARMS[arm].label for arm in REFERENCES if not any(cell.arm == arm for cell in every)]
     lines = [head + (f" There is no {listed(absent)} to compare with." if absent else "")]
     for title, some in _groups(every):
