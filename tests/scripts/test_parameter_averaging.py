@@ -133,7 +133,7 @@ def test_a_study_has_every_method_on_the_same_networks_with_as_much_extra_traini
             networks = config.ensemble_size if config.method == "longer" else 0
             assert config.extra_epochs == (1 + networks) * config.epochs
     many = Counter((replace(c, extra_learning_rate=None)) for c in configs)  # the default of each, so often
-    studied = {3} if name in ("thesis", "fashion_mnist") else {2, 4} if name == "demo" else set()
+    studied = {3} if name in ("thesis", "fashion_mnist", "unaugmented") else {2, 4} if name == "demo" else set()
     for config, count in many.items():
         several = config.ensemble_size in studied and config.method in set(TRAINED) - {"longer"}
         assert config in configs and count == (3 if several else 1)
