@@ -123,10 +123,10 @@ class Run:
         check_writable(self.result.parent)
         owner = self._claim()
         self.since = owner["since"]
-        # of each attempt that the checkpoint holds epochs of, and ours
-        before = read_json(self.progress).get("code", []) if self.checkpoint.exists() else []
-        self.code = list(dict.fromkeys([*map(tuple, before), results.code_version()]))
         try:
+            # of each attempt that the checkpoint holds epochs of, and ours
+            before = read_json(self.progress).get("code", []) if self.checkpoint.exists() else []
+            self.code = list(dict.fromkeys([*map(tuple, before), results.code_version()]))
             self.failure.unlink(missing_ok=True)
             yield
         except Exception as error:

@@ -12,7 +12,6 @@ Some runs are measured in a second *form*: PermAVG with a permutation in the pla
 whose BatchNorm statistics are averages too (stale). A form is never chosen and never compared as if it were the method.
 """
 
-import re
 from collections.abc import Collection, Iterable, Sequence
 from textwrap import fill
 from typing import Any, NamedTuple
@@ -459,11 +458,7 @@ def _sentences(setting: Setting, df: pd.DataFrame) -> list[str]:
 
     spread = " ± standard deviation" if max(len(cell.runs) for cell in every) > 1 else ""
     n = _n(every).removeprefix("n = ")
-    own = setting.name.removeprefix(f"{f['dataset']}-{f['model']}")  # what tells it from others of the same two
-    own = re.sub("-(?=[a-z])", ", ", own).replace("_", " ")
-    head = (
-        f"{f['dataset']}, {f['model']}{own}, {size} networks{_epochs_of(f)}, {n}, final test accuracy (mean{spread})."
-    )
+    head = f"{setting.name}, {size} networks{_epochs_of(f)}, {n}, final test accuracy (mean{spread})."
     absent = [ARMS[arm].label for arm in REFERENCES if not any(cell.arm == arm for cell in every)]
     lines = [head + (f" There is no {listed(absent)} to compare with." if absent else "")]
     for title, some in _groups(every):
@@ -1104,7 +1099,7 @@ def _cost_figure(setting: Setting, df: pd.DataFrame) -> Figures:
         "logarithmic. The open circle is the first network alone. Small dots are runs, large ones means over seeds at the "
         "median cost, "
         f"{_n(every)}; not all runs timed inference, and where fewer than three did there is no large one. Averages that "
-        f"nothing was trained of may lie below what is in view; the table has them. "
+        "nothing was trained of may lie below what is in view; the table has them. "
         f"{measured_on(setting.runs, [*CELL, 'form'])}{_rates(every)}",
         figure,
     )
