@@ -216,8 +216,7 @@ def study(
 ) -> list[Config]:
     """Return every method on the same networks, those of few and of one seed first; its other settings are defaults.
 
-    With `rates`, what is trained has two others beside its default one, a lower and a higher, to be chosen from on validation;
-    but for the longer single network, which is better than all else as it is.
+    With `rates`, what is trained has two others beside its default one, a lower and a higher, to be chosen from on validation.
     """
     base = replace(base, method="single", ensemble_size=1)
 
@@ -239,7 +238,7 @@ def study(
     ]
     if rates:
         every += [
-            *of(method=["distillation"], extra_learning_rate=times(0.3, 3.0)),
+            *of(method=["distillation", "longer"], extra_learning_rate=times(0.3, 3.0)),
             *of(method=["fine_tuned_single"], extra_learning_rate=times(0.1, 3.0)),
             *of(method=["fine_tuned_average"], start=starts, extra_learning_rate=times(0.3, 3.0)),
             *of(method=["mixing"], start=starts, extra_learning_rate=[0.0003, 0.01]),
@@ -249,8 +248,15 @@ def study(
     return sorted(unique(every), key=lambda config: (config.ensemble_size, config.seed))
 
 
+def pairs(base: Config, seeds: range) -> list[Config]:
+    """Return what measures the lines between two networks, for a study of other numbers of them."""
+    return grid(replace(base, method="weight_matching"), ensemble_size=[2], seed=seeds)
+
+
 DIGITS = Config(method="single", hidden_size=64, epochs=10, batch_size=64)
 FASHION = Config(method="single", dataset="fashion_mnist")
+UNAUGMENTED = replace(FASHION, augment=False)
+DEEPER = replace(FASHION, depth=3)
 # without warm-up the first two networks are at 10 and 39 % after their 6 epochs
 CNN = Config(
     method="single", dataset="cifar10", model="cnn", epochs=6, warmup_epochs=1, batch_size=128, weight_decay=5e-4
@@ -274,8 +280,9 @@ GRIDS = {
         [*study(FASHION, (3,), range(5), (0.1, 1.0), rates=True), *study(FASHION, (2, 5, 8), range(5), (0.1, 1.0))]
     ),
     # without crops and flips: the thesis, with flips alone, stands between this and the one above
-    "unaugmented": study(replace(FASHION, augment=False), (3,), range(5), (0.1, 1.0), rates=True),
-    "deeper": unique([config for depth in (2, 3) for config in study(replace(FASHION, depth=depth), (2, 3), range(3))]),
+    "unaugmented": [*pairs(UNAUGMENTED, range(5)), *study(UNAUGMENTED, (3,), range(5), (0.1, 1.0), rates=True)],
+    # three hidden layers
+    "deeper": [*pairs(DEEPER, range(3)), *study(DEEPER, (3,), range(3))],
     "cnn": study(CNN, (2, 3), range(3)),
     "vgg11": unique(
         [
