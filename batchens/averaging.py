@@ -723,6 +723,9 @@ def load_weights(network: nn.Module, path: Path) -> None:
         raise ValueError(
             f"the weights of {path} must fit the network, however only the {'file' if norms[0] else 'network'} has BatchNorm"
         )
+    if theirs and theirs.keys() < ours.keys():
+        absent = ", ".join(name for name in ours if name not in theirs)
+        raise ValueError(f"the weights of {path} must fit the network, however the file has its names but for {absent}")
     pairs = list(zip(ours, ours if by_name else theirs, strict=False))
     for name, their_name in pairs:
         tensor, their_tensor = ours[name], theirs[their_name]

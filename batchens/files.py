@@ -10,11 +10,13 @@ small CSV files of results anywhere):
 | `results/` | `BATCHENS_RESULTS` | one CSV a run: what was measured                         |
 """
 
+import errno
 import os
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -61,6 +63,23 @@ def write_text(path: Path, text: str) -> None:
     """Write `text` to `path`, whole or not at all."""
     with replacing(path) as temporary:
         temporary.write_text(text, encoding="utf-8", newline="")
+
+
+def write_tensors(path: Path, content: Any) -> None:
+    """Write to `path` what `torch.load` reads again, whole or not at all.
+
+    Raises:
+        OSError: it could not be written. torch makes a RuntimeError of a full disk, which says nothing of one.
+    """
+    import torch
+
+    with replacing(path) as temporary:
+        try:
+            torch.save(content, temporary)
+        except (torch.OutOfMemoryError, torch.AcceleratorError):  # RuntimeErrors too, however no fault of a file
+            raise
+        except RuntimeError as error:
+            raise OSError(errno.ENOSPC, "the file could not be written", str(path)) from error
 
 
 def check_writable(folder: Path, probe_bytes: int = 4096) -> None:

@@ -6,7 +6,6 @@ same numbers, bit for bit, as one that never stopped. At most the running epoch 
 """
 
 import ctypes
-import errno
 import math
 import os
 import pickle
@@ -30,7 +29,7 @@ from batchens import optimizers
 from batchens.data.augment import augment
 from batchens.data.catalog import DATASETS
 from batchens.data.images import Images, normalise
-from batchens.files import replacing
+from batchens.files import write_tensors
 from batchens.layers import members, repeat
 from batchens.metrics import measure, mixture, reliability, score
 from batchens.models.deep_ensemble import DeepEnsemble
@@ -353,13 +352,7 @@ class _Checkpoint:
             "number_format": self.number_format,
             "rows": rows,
         }
-        with replacing(self.path) as temporary:
-            try:
-                torch.save(state, temporary)
-            except GPU_ERRORS:
-                raise
-            except RuntimeError as error:  # what torch makes of a full disk
-                raise OSError(errno.ENOSPC, "the checkpoint could not be written", str(self.path)) from error
+        write_tensors(self.path, state)
 
     def load(self) -> Rows:
         """Put the saved state in place and return its rows; none when there is no checkpoint or it is of no use."""

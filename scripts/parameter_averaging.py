@@ -24,11 +24,12 @@ three in a few; VGG11 belongs on a GPU.
 
 The rows: none of the networks' own epochs. Epoch 0 is what a run starts from; untrained methods have only that. Each says
 which networks it is of: `networks_digest`, of their weights, and what they were trained by, `networks_commit` (-dirty: with
-changes) and `networks_device`, joined by + where they differ, empty where it is not known, as of files. Splits:
+changes) and `networks_device`, joined by + where they differ, empty where it is not known, as of files; of those there are
+the names, with digests of their weights, in `networks_files`. Splits:
 
     train, validation, test   as everywhere; `seconds` are of an epoch of extra training
-    .._stale                  BatchNorm's statistics averaged like weights; the others have them estimated anew, on 10,000
-                              training images, augmented as in training
+    .._stale                  BatchNorm's statistics averaged like weights; of averages and projections that nothing is trained
+                              of they are estimated anew, on the first 10,000 training images, augmented as in training
     .._projected              PermAVG's network with the permutation nearest to each matrix in its place, not trained any more
     reliability               x, y and n as everywhere
     matrix                    of a member's hidden `layer`, of `size` units: means of the `diagonal` and of each row's largest
@@ -44,6 +45,7 @@ changes) and `networks_device`, joined by + where they differ, empty where it is
 import hashlib
 import io
 import itertools
+import json
 import math
 import os
 import sys
@@ -58,7 +60,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from batchens.data.catalog import DatasetName
 from batchens.grid import grid, unique
 from batchens.results import CURVE, METRICS, numbers, provenance
-from batchens.run import Cancelled, Folders, Run, command_line
+from batchens.run import Cancelled, Folders, Run, command_line, read_json
 from batchens.settings import check
 
 if TYPE_CHECKING:
@@ -126,7 +128,7 @@ class Config:
     """of forward passes; auto: bf16 on a GPU that has it, else fp16, fp32 on a CPU"""
     seed: int = 0
     """of the networks' initial weights, the orders of the images and their augmentation"""
-    base_weights: tuple[Path, ...] = ()
+    base_weights: tuple[Path, ...] | None = None
     """a state_dict for each network, in order; images are normalised with the suite's mean and std of the data set"""
     base_digest: str = field(default="", init=False)
     """the SHA-256 of these files, in place of their names"""
@@ -146,10 +148,10 @@ class Config:
             object.__setattr__(self, name, (otherwise if value is None else value) if used else unused)
 
         least = {"ensemble_size": 1 if self.method == "single" else 2}
-        if self.base_weights:
+        if self.base_weights is not None:
             if self.method == "longer":
                 raise ValueError(
-                    "base_weights must be empty with method longer, which trains a network of its own, however: "
+                    "base_weights must not be given with method longer, which trains a network of its own, however: "
                     f"{len(self.base_weights)} files"
                 )
             if len(self.base_weights) != self.ensemble_size:
@@ -463,23 +465,29 @@ def base_networks(run: Run, config: Config, images: "Images") -> "tuple[list[nn.
     import torch
     from filelock import FileLock, Timeout
 
-    from batchens.averaging import load_weights
+    from batchens.averaging import digest, load_weights
     from batchens.files import check_writable
 
     members = range(0 if config.method == "longer" else config.ensemble_size)
     networks = [build(config, images.shape, images.num_classes, 1000 * config.seed + member) for member in members]
     seconds: float | None = None
     known: dict[int, dict[str, Any]] = {}
+    files: dict[str, Path] = {}
     if config.base_weights:
         for network, file in zip(networks, config.base_weights, strict=True):
             load_weights(network, file)
+            if (same := files.setdefault(digest(network.state_dict()), file)) != file:
+                raise ValueError(
+                    f"base_weights must be of different networks, however {file} holds the weights of {same}"
+                )
     else:
         folder = run.folders.runs / "parameter_averaging" / "networks"
         check_writable(folder)
         paths = [
             folder / f"{network_name(config, 1000 * config.seed + member, images.source)}.pt" for member in members
         ]
-        waited_for: list[str] = []
+        waited_for: list[Path] = []
+        newest = run.since
         while len(known) < len(paths):
             before = len(known)
             for member in (member for member in members if member not in known):
@@ -492,15 +500,30 @@ def base_networks(run: Run, config: Config, images: "Images") -> "tuple[list[nn.
                 with suppress(FileNotFoundError):
                     if run.cancelled.stat().st_mtime > run.since:
                         raise Cancelled(run.id)
-                missing = [paths[member].stem for member in members if member not in known]
+                missing = [paths[member] for member in members if member not in known]
+                # a job at its time limit is requeued where its run has made progress: here that is its networks'
+                if (latest := max(last_written(path.with_suffix(".checkpoint")) for path in missing)) > newest:
+                    run.progress.touch()
+                    newest = latest
                 if missing != waited_for:
-                    print(f"{run.id}: waits for networks that other runs train: {', '.join(missing)}", flush=True)
+                    names = ", ".join(path.stem for path in missing)
+                    print(f"{run.id}: waits for networks that other runs train: {names}", flush=True)
                     waited_for = missing
                 time.sleep(1)
         seconds = sum((facts["seconds"] for facts in known.values()), 0.0)
     for network in networks:
         network.to(images.train.images.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-    return networks, {"seconds_base": seconds, **provenance_of(networks, [known.get(member, {}) for member in members])}
+    names = " + ".join(f"{file.name} {weights[:8]}" for weights, file in files.items())
+    facts = provenance_of(networks, [known.get(member, {}) for member in members])
+    return networks, {"seconds_base": seconds, **facts, "networks_files": names}
+
+
+def last_written(path: Path) -> float:
+    """Return when the file was last written to, in seconds since 1970; 0 where it is absent."""
+    try:
+        return path.stat().st_mtime
+    except FileNotFoundError:
+        return 0.0
 
 
 def provenance_of(networks: "Sequence[nn.Module]", known: Sequence[dict[str, Any]]) -> dict[str, str]:
@@ -513,15 +536,19 @@ def provenance_of(networks: "Sequence[nn.Module]", known: Sequence[dict[str, Any
     total = hashlib.sha256("".join(digest(network.state_dict()) for network in networks).encode()).hexdigest()
     return {
         "networks_digest": total[:16] if networks else "",
-        "networks_commit": joined([one.get("commit", "") + ("-dirty" if one.get("dirty") else "") for one in known]),
+        "networks_commit": joined(
+            [
+                commit + ("-dirty" if one.get("dirty") else "")
+                for one in known
+                for commit in one.get("commit", "").split(" + ")
+            ]
+        ),
         "networks_device": joined([one.get("device_name", "") for one in known]),
     }
 
 
 def network_name(config: Config, seed: int, source: str) -> str:
     """Return the name of a network's file: what one sees at once, and a digest of all that decides it."""
-    import json
-
     settings = {name: getattr(config, name) for name in DECIDING} | {"seed": seed, "source": source}
     # 1 and 1.0 are one setting
     same = {name: float(value) if isinstance(value, int | float) else value for name, value in settings.items()}
@@ -582,15 +609,20 @@ def train_network(
     import torch
 
     from batchens.averaging import digest
-    from batchens.files import replacing
+    from batchens.files import write_tensors, write_text
     from batchens.training import device_facts, fit
 
-    checkpoint = path.with_suffix(".checkpoint")
+    checkpoint, begun = path.with_suffix(".checkpoint"), path.with_suffix(".json")
+    by, code = provenance(), []
     seed = 1000 * config.seed + member
     epochs = config.ensemble_size * config.epochs + (config.extra_epochs or 0)
     device = images.train.images.device
 
     def trained() -> list[dict[str, Any]]:
+        nonlocal code  # of each attempt that the checkpoint holds epochs of, and ours
+        before = read_json(begun).get("code", []) if checkpoint.exists() else []
+        code = list(dict.fromkeys([*map(tuple, before), (by["commit"], by["dirty"])]))
+        write_text(begun, json.dumps({"code": code}))
         # anew: a damaged file, or a checkpoint of no use, may have been read into it
         network.load_state_dict(build(config, images.shape, images.num_classes, seed).state_dict())
         network.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -614,6 +646,8 @@ def train_network(
         rows = trained()
     except ValueError as error:
         if not str(error).startswith(f"the checkpoint {checkpoint} can't be gone on from"):
+            if not checkpoint.exists():  # refused before it was begun
+                begun.unlink(missing_ok=True)
             raise
         reason = " ".join(str(error.__cause__).split())[:200]
         print(
@@ -623,19 +657,19 @@ def train_network(
         )
         rows = trained()
     weights = {name: tensor.cpu().contiguous() for name, tensor in network.state_dict().items()}
-    made, by = device_facts(device, config.precision, optimizer_of(config, network, images), False), provenance()
+    made = device_facts(device, config.precision, optimizer_of(config, network, images), False)
     facts = {
         "digest": digest(weights),
         "seconds": sum(row["seconds"] for row in rows if row["split"] == "train"),
-        "commit": by["commit"],
-        "dirty": by["dirty"],
+        "commit": " + ".join(dict.fromkeys(commit for commit, _ in code)),
+        "dirty": any(dirty for _, dirty in code),
         "torch": str(made["torch"]),
         "device_name": made["device_name"],
         "number_format": made["number_format"],
     }
-    with replacing(path) as temporary:
-        torch.save({"weights": weights, **facts}, temporary)
-    checkpoint.unlink(missing_ok=True)
+    write_tensors(path, {"weights": weights, **facts})
+    for file in (checkpoint, begun):
+        file.unlink(missing_ok=True)
     return facts
 
 

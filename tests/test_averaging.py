@@ -260,6 +260,8 @@ def test_a_line_ends_in_its_networks():
 
 def test_statistics_are_those_of_the_given_inputs_and_nothing_else_changes():
     (network,), x = make("cnn", 1)
+    network.train()(x + 10)  # of training there are others, and a count of its batches
+    network.eval()
     before = copy.deepcopy(network)
     batches = [x[:2], x[2:4], x[4:]]
     reestimate(network, batches)
@@ -322,6 +324,46 @@ def test_matching_makes_networks_more_alike_and_matching_with_the_mean_more_so()
     for found in (first, mean):
         assert all(torch.equal(one.sort()[0], torch.arange(len(one))) for own in found for one in own)
         assert all(torch.equal(one, torch.arange(len(one))) for one in found[0])
+
+
+@every_network
+def test_the_likeness_of_two_networks_is_the_inner_product_of_all_their_weights(name):
+    (network, other), _ = make(name, 2)
+    order = shuffled(other)
+    likeness = averaging._Likeness(network.state_dict(), other.state_dict(), layout(network)).total(order)
+    pairs = zip(network.named_parameters(), permute(other, order).parameters(), strict=True)
+    # but for the outputs' biases, which no order moves
+    own = [(one * two).sum() for (key, one), two in pairs if layout(network).axes[key] != averaging.Axes(None)]
+    assert likeness == pytest.approx(sum(own).item(), rel=1e-5)
+
+
+def better(target, network, layer):
+    """By how much the best other order of a layer's units would make two networks more alike, as a share."""
+    likeness = 0
+    for name, axes in layout(target).axes.items():
+        one, two = target.state_dict()[name], network.state_dict()[name]
+        if "running" not in name and axes.out == layer:
+            likeness += one.flatten(1) @ two.flatten(1).T if one.dim() > 1 else one[:, None] * two
+        if axes.into == layer:
+            size = layout(target).sizes[layer]
+            one, two = (t.reshape(len(t), size, -1).transpose(0, 1).flatten(1) for t in (one, two))
+            likeness += one @ two.T
+    best = likeness[torch.arange(len(likeness)), averaging.assignment(likeness)].sum()
+    return ((best - likeness.trace()) / likeness.trace().abs()).item()
+
+
+@pytest.mark.parametrize("to", ["mean", "first"])
+@pytest.mark.parametrize("name", ["deep", "vgg"])
+@torch.no_grad()
+def test_where_matching_ends_no_layer_can_be_put_into_a_better_order(name, to):
+    torch.manual_seed(0)
+    networks = [mlp(64, [48] * 4, 10) for _ in range(4)] if name == "deep" else make(name, 4)[0]
+    matched = [permute(network, own) for network, own in zip(networks, match(networks, to), strict=True)]
+    for m, network in enumerate(matched):
+        others = [other for n, other in enumerate(matched) if n != m]
+        target = average(others) if to == "mean" else matched[0]
+        if network is not target:
+            assert max(better(target, network, layer) for layer in range(len(layout(network).sizes))) < 1e-5
 
 
 @pytest.mark.parametrize(("case", "succeeds"), [("a copy in another order", 1), ("inputs of other units", 0)])
@@ -410,16 +452,21 @@ def test_rows_and_columns_sum_to_1():
         torch.testing.assert_close(matrix.sum(axis), torch.ones(3, 50), rtol=0, atol=2e-5)
 
 
+@pytest.mark.parametrize("wanted", ["one column", "by rank"])
+@pytest.mark.parametrize("size", [12, 64])
 @pytest.mark.parametrize("scale", [3.0, 30.0, 3000.0])
-def test_entries_that_would_overflow_do_not(scale):
-    # exp(scale / 0.1) is far above the largest number; with a column that every row wants, scalings leave the safe range
-    matrices = scale * torch.eye(12).flip(0)
-    matrices[:, 3] += 2 * scale * torch.rand(12)
+def test_entries_that_would_overflow_do_not(scale, size, wanted):
+    torch.manual_seed(0)
+    matrices = scale * torch.eye(size).flip(0)  # exp(scale / 0.1) is far above the largest number
+    if wanted == "one column":
+        matrices[:, 3] += 2 * scale * torch.rand(size)
+    else:  # whose scalings would leave the range of float32, if it were not for the safe one
+        matrices = scale * torch.randn(size, 1) * torch.randn(1, size)
     matrices.requires_grad_()
     matrix = sinkhorn(matrices, 0.1)
-    (gradient,) = torch.autograd.grad((matrix * torch.randn(12, 12)).sum(), matrices)
+    (gradient,) = torch.autograd.grad((matrix * torch.randn(size, size)).sum(), matrices)
     assert matrix.isfinite().all() and gradient.isfinite().all()
-    torch.testing.assert_close(matrix.sum(-2), torch.ones(12), rtol=0, atol=5e-3)  # 30,000 has steps of 0.002
+    torch.testing.assert_close(matrix.sum(-2), torch.ones(size), rtol=0, atol=5e-3)  # 30,000 has steps of 0.002
     expected = matrices.detach().double() / 0.1
     expected = torch.logaddexp(expected, torch.tensor(0.001).double().log())
     for _ in range(100):
@@ -792,6 +839,10 @@ MODULE = (
         (saved(mlp(64, [12, 5], 5).state_dict()), "they are 6 tensors where it has 4"),
         (saved({"a": torch.randn(12, 64)}), "they are 1 tensors where it has 4"),
         (saved({"a": torch.tensor(3)}), "they are 0 tensors where it has 4"),
+        (
+            saved({name: t for name, t in mlp(64, [12], 5).state_dict().items() if name != "1.bias"}),
+            "however the file has its names but for 1.bias$",
+        ),
         (saved({"a": torch.full((12, 64), torch.nan)}), "finite numbers, however a of "),
         (changed(lambda t: (t + 3).double() * 1e300), "finite numbers, however 1.weight of "),  # not in float32
         (changed(Tensor.int), "weights must be floating point, .* 1.weight of .* is torch.int32"),

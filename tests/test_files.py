@@ -6,7 +6,16 @@ import sys
 
 import pytest
 
-from batchens.files import ROOT, check_writable, data_folder, replacing, results_folder, runs_folder, write_text
+from batchens.files import (
+    ROOT,
+    check_writable,
+    data_folder,
+    replacing,
+    results_folder,
+    runs_folder,
+    write_tensors,
+    write_text,
+)
 
 
 @pytest.fixture
@@ -101,7 +110,8 @@ def small_disk(tmp_path):
     except (OSError, subprocess.SubprocessError):
         pytest.skip("needs the permission to mount a tmpfs")
     yield disk
-    subprocess.run(["umount", str(disk)], check=True, timeout=10)
+    # lazily: a writer that failed may be open until its error is collected
+    subprocess.run(["umount", "--lazy", str(disk)], check=True, timeout=10)
 
 
 def test_a_full_disk_is_an_oserror_and_the_old_file_stays(small_disk):
@@ -111,6 +121,19 @@ def test_a_full_disk_is_an_oserror_and_the_old_file_stays(small_disk):
         write_text(path, "x" * 100_000)
     assert error.value.errno == errno.ENOSPC
     assert only_the_old(path)
+
+
+def test_tensors_on_a_full_disk_too_are_an_oserror(small_disk):
+    import torch
+
+    path = small_disk / "file.csv"
+    write_tensors(path, {"a": torch.ones(3)})
+    before = path.read_bytes()
+    with pytest.raises(OSError, match="could not be written") as error:
+        write_tensors(path, {"a": torch.ones(100_000)})
+    assert error.value.errno == errno.ENOSPC and error.value.filename == str(path)
+    assert path.read_bytes() == before and [one.name for one in small_disk.iterdir()] == [path.name]
+    assert torch.equal(torch.load(path)["a"], torch.ones(3))
 
 
 def test_a_full_disk_is_known_before_any_training(small_disk):

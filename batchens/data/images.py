@@ -28,7 +28,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from batchens.data.catalog import CIFAR20_SUPERCLASSES, DATASETS, DataError, Dataset, DatasetName
-from batchens.files import check_writable, data_folder, replacing
+from batchens.files import check_writable, data_folder, write_tensors
 
 DOWNLOAD_TIMEOUT = 30  # seconds of silence: a compute node's firewall often drops packets rather than refuse them
 
@@ -108,8 +108,7 @@ def prepare(dataset: str, folder: Path) -> Path:
             wrong = _what_is_wrong(contents, spec)
             if wrong:
                 raise DataError(f"{dataset} from {contents['source']} must be whole, however: {wrong}")
-            with replacing(path) as temporary:
-                torch.save(contents, temporary)
+            write_tensors(path, contents)
     return path
 
 

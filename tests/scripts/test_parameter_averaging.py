@@ -1,5 +1,6 @@
 import csv
 import hashlib
+import re
 import signal
 import threading
 from collections import Counter
@@ -196,8 +197,9 @@ def test_the_thesis_setting_is_among_them():
         ),
         (
             ["--method", "longer", "--base-weights", *3 * ["none.pt"]],
-            "base_weights must be empty with method longer, which trains a network of its own, however: 3 files",
+            "base_weights must not be given with method longer, which trains a network of its own, however: 3 files",
         ),
+        (["--base-weights"], "a file for each of ensemble_size=3 networks, however: 0"),
     ],
 )
 def test_what_is_not_possible_is_said_and_nothing_is_trained(arguments, message, refused):
@@ -262,8 +264,9 @@ def test_the_matrices_are_kept_as_numbers_and_pictures():
     assert trace[0] <= trace[1]
 
 
-def test_a_line_goes_from_one_network_to_the_other_and_its_barrier_is_above_the_chord():
-    rows = run(method="weight_matching", ensemble_size=2)
+@pytest.mark.parametrize("model", ["mlp", "cnn"])
+def test_a_line_goes_from_one_network_to_the_other_and_its_barrier_is_above_the_chord(model):
+    rows = run(method="weight_matching", ensemble_size=2, model=model)
     for which in ("line", "matched_line"):
         x, y = ([float(number) for number in find(rows, f"{which}_nll")[name].split()] for name in "xy")
         assert x == pytest.approx([n / 10 for n in range(11)])
@@ -337,35 +340,47 @@ def test_statistics_are_estimated_on_images_as_networks_are_given_them(tmp_path,
     torch.testing.assert_close(clean, (images.train.images[:500] / 255 - mean) / std, check_stride=False)
 
 
-def test_what_is_projected_is_the_average_of_the_matched_networks_in_the_nearest_order(tmp_path, monkeypatch):
+@pytest.mark.parametrize("model", ["mlp", "cnn"])
+def test_what_is_projected_is_the_average_of_the_matched_networks_in_the_nearest_order(model, tmp_path, monkeypatch):
     import torch
 
-    from batchens.averaging import average, match, permute
+    from batchens.averaging import average, match, permute, reestimate
 
+    def nll(networks, order, split):
+        network = average(networks, order)
+        reestimate(network, parameter_averaging.some_of(Config(**SMALL), images))
+        return pytest.approx(nll_of(network, images, split), rel=1e-4)
+
+    monkeypatch.setitem(SMALL, "model", model)
     models, matrix_rows = [], parameter_averaging.matrix_rows
     monkeypatch.setattr(parameter_averaging, "matrix_rows", lambda *a, **o: models.append(a[0]) or matrix_rows(*a, **o))
     rows = run(start="matching", temperature=1.0, extra_learning_rate=1.0, extra_epochs=3)
     found, images = kept(tmp_path)
     matched = [permute(n, p) for n, p in zip(found, match(found, "mean"), strict=True)]
     order = models[0].project()
-    assert not torch.equal(order[1][0], torch.arange(16))
+    assert not torch.equal(order[1][0], torch.arange(len(order[1][0])))
     for split in ("validation", "test"):
-        nll = float(find(rows, f"{split}_projected")["nll"])
-        assert nll == pytest.approx(nll_of(average(matched, order), images, split), rel=1e-4)
-        assert nll != pytest.approx(nll_of(average(found, order), images, split), rel=1e-4)
+        measured = float(find(rows, f"{split}_projected")["nll"])
+        assert measured == nll(matched, order, split)
+        assert measured != nll(found, order, split)
 
 
 def test_a_student_learns_half_from_the_labels_and_half_from_its_softened_teachers():
     import torch
 
-    from batchens.models.mlp import mlp
+    from batchens.models.cnn import cnn
 
-    teachers, x, labels = [mlp(64, [8], 5) for _ in range(3)], torch.randn(6, 1, 8, 8), torch.arange(6) % 5
+    teachers, x, labels = [cnn(5, 1, 8) for _ in range(3)], torch.randn(6, 1, 8, 8), torch.arange(6) % 5
     logits = torch.randn(6, 5)
+    for teacher in teachers:
+        teacher(x)  # in training, of which BatchNorm gathers statistics
+        teacher.eval()
     soft = sum((teacher(x) / 3).exp() / (teacher(x) / 3).exp().sum(1, keepdim=True) for teacher in teachers) / 3
     student = (logits / 3).exp() / (logits / 3).exp().sum(1, keepdim=True)
     kl = (soft * (soft.log() - student.log())).sum() / 6
     of_labels = -(logits[range(6), labels] - logits.exp().sum(1).log()).mean()
+    for teacher in teachers:
+        teacher.train()
     objective = parameter_averaging.distillation(teachers, torch.float32)
     torch.testing.assert_close(objective(x, logits, labels), (0.5 * 9 * kl + 0.5 * of_labels).detach())
 
@@ -417,7 +432,10 @@ def test_the_best_network_is_chosen_on_validation_images():
     assert find(single[1], "test")["nll"] == find(deep, "test", best)["nll"]
 
 
-def test_a_run_begins_with_what_it_is_trained_from():
+@pytest.mark.parametrize("model", ["mlp", "cnn"])
+def test_a_run_begins_with_what_it_is_trained_from(model, monkeypatch):
+    monkeypatch.setitem(SMALL, "model", model)
+
     def first(rows):
         return next(row for row in rows if (row["split"], row["epoch"], row["member"]) == ("validation", "0", ""))[
             "nll"
@@ -533,6 +551,45 @@ def test_a_result_says_which_networks_it_is_of_and_by_what_they_were_trained(tmp
     assert mixed[0]["networks_commit"] == "c0ffee-dirty + not known"
 
 
+def test_a_network_that_was_gone_on_with_by_other_code_says_so(command, tmp_path, monkeypatch):
+    import batchens.results
+
+    step, steps, code = optimizers.step, [], {"commit": "c0ffee", "dirty": False}
+    monkeypatch.setattr(parameter_averaging, "provenance", lambda: batchens.results.provenance() | code)
+
+    def stopping(*arguments):
+        steps.append(1)
+        if len(steps) == 14:  # of 9 an epoch
+            raise KeyboardInterrupt
+        step(*arguments)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(optimizers, "step", stopping)
+        assert command(*OPTIONS, "--method", "naive_average")[0] == 130
+    code["commit"] = "decade"
+    rows = run(method="naive_average")
+    assert {row["networks_commit"] for row in rows} == {"c0ffee + decade"}
+    assert {path.suffix for path in networks(tmp_path)[0].parent.iterdir()} <= {".pt", ".lock"}
+
+
+def test_a_full_disk_is_told_as_such_and_the_network_goes_on_from_its_checkpoint(command, tmp_path, monkeypatch):
+    import torch
+
+    save = torch.save
+
+    def full(content, path):
+        if "weights" in content:
+            raise RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 704 vs 598")
+        save(content, path)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(torch, "save", full)
+        code, said = command(*OPTIONS, "--method", "naive_average")
+    assert code == 1 and "free some space, then the same command goes on" in said
+    assert len(list(tmp_path.rglob("*.checkpoint"))) == 1 and not networks(tmp_path)
+    assert run(method="naive_average") and len(networks(tmp_path)) == 2
+
+
 @pytest.mark.parametrize("content", [b"", b"another"])
 def test_a_checkpoint_that_cannot_be_gone_on_from_is_put_aside_and_its_network_begun_again(content, tmp_path, capsys):
     folder = tmp_path / "runs" / "parameter_averaging" / "networks"
@@ -624,6 +681,31 @@ def test_a_run_that_waits_for_others_can_be_cancelled(monkeypatch):
         lock.release()
 
 
+def test_a_run_that_waits_makes_progress_when_the_network_does_that_it_waits_for(monkeypatch):
+    """So that at its time limit its job is requeued (see jobs.element)."""
+    from filelock import FileLock
+
+    config = Config(**SMALL, method="single")
+    own = Run("parameter_averaging", config, Folders())
+    folder = own.folders.runs / "parameter_averaging" / "networks"
+    folder.mkdir(parents=True)
+    name = parameter_averaging.network_name(config, 0, "scikit-learn digits")
+    lock, checkpoint, seen = FileLock(folder / f"{name}.lock"), folder / f"{name}.checkpoint", []
+    other = FileLock(folder / f"{parameter_averaging.network_name(config, 1, 'scikit-learn digits')}.lock")
+
+    def sleep(seconds):
+        seen.append(own.progress.exists())
+        if len(seen) == 2:
+            checkpoint.touch()
+        if len(seen) == 3:
+            own.cancelled.touch()
+
+    monkeypatch.setattr(parameter_averaging.time, "sleep", sleep)
+    with lock, other, pytest.raises(Cancelled):
+        main(config, own.folders)
+    assert seen == [False, False, True]
+
+
 # interruptions
 
 
@@ -703,6 +785,7 @@ def test_networks_of_others_are_read_and_their_content_names_the_run(files, comm
     assert {row["seconds_base"] for row in rows} == {""} and not networks(tmp_path)
     assert {(row["networks_commit"], row["networks_device"]) for row in rows} == {("", "")}
     assert len(rows[0]["networks_digest"]) == 16
+    assert re.fullmatch(r"0\.pt [0-9a-f]{8} \+ 1\.pt [0-9a-f]{8}", rows[0]["networks_files"])
     other = Config(**SMALL | {"base_weights": (second, first), "method": "weight_matching"})
     assert rows_of(main(other, Folders()))[0]["networks_digest"] != rows[0]["networks_digest"]
     copies = tuple(path.with_name(f"copy{number}") for number, path in enumerate((first, second)))
@@ -718,6 +801,8 @@ def test_networks_of_others_are_read_and_their_content_names_the_run(files, comm
 
 
 def test_files_that_do_not_fit_are_refused_before_any_training(files, refused):
+    import torch
+
     first, second = files()
     narrow = files(1, 8, "narrow")[0]
     second.write_bytes(second.read_bytes()[:-100])
@@ -730,3 +815,6 @@ def test_files_that_do_not_fit_are_refused_before_any_training(files, refused):
     ):
         said = refused(*OPTIONS, "--base-weights", first, path)
         assert message in said and str(path) in said
+    again = first.with_name("again.pt")
+    torch.save({name: t.clone() for name, t in torch.load(first).items()} | {"more": torch.tensor(3)}, again)
+    assert f"{again} holds the weights of {first}" in refused(*OPTIONS, "--base-weights", first, again)
