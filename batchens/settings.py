@@ -21,7 +21,9 @@ def check(config: Any) -> None:
                 f"{name} must be {'finite' if value == math.inf else f'at least {least}'}, however: {value}"
             )
     if not config.warmup_epochs < config.epochs:
-        raise ValueError(f"warmup_epochs must be below epochs={config.epochs}, however: {config.warmup_epochs}")
+        raise ValueError(
+            f"warmup_epochs must be below epochs={config.epochs}, however: {config.warmup_epochs}; at 0 there is no warm-up"
+        )
     if not 0 < config.learning_rate < math.inf:
         raise ValueError(f"learning_rate must be positive and finite, however: {config.learning_rate}")
     if not 0 <= config.momentum < 1:

@@ -38,16 +38,18 @@ from jobs.lsf import ranges
 from jobs.schedulers import Job, Unreachable
 from jobs.states import ALIVE, RETRIED, STATES, RunState, counts, look
 from jobs.submission import cancel as cancel_runs
-from jobs.submission import check_site, chunks_of, elements_of, todo_of
+from jobs.submission import check_site, chunks_of, datasets_of, elements_of, todo_of, unprepared
 from jobs.submission import submit as submit_runs
 
-Experiment = Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="EXPERIMENT", help="name of a script")]
+Experiment = Annotated[
+    str, tyro.conf.Positional, tyro.conf.arg(metavar="EXPERIMENT", help=f"one of {', '.join(experiments.names())}")
+]
 RunName = Annotated[
     str,
     tyro.conf.Positional,
     tyro.conf.arg(metavar="RUN", help="a run's id, the beginning of it, or its number in plan"),
 ]
-Grid = Annotated[str | None, tyro.conf.arg(metavar="NAME", help="one of the script's grids; all of them when left out")]
+Grid = Annotated[str | None, tyro.conf.arg(metavar="NAME", help="one of the experiment's grids; all when left out")]
 FOLDERS = Folders()
 PRESETS = f"one of {', '.join(tomllib.loads(clusters.SHIPPED.read_text()))}, or of your own: see jobs/clusters.toml"
 Preset = Annotated[str, tyro.conf.arg(metavar="NAME", help=PRESETS)]
@@ -75,7 +77,11 @@ def submit(
     /,
     cluster: Preset,
     grid: Annotated[
-        str | None, tyro.conf.arg(metavar="NAME", help="one of the script's grids; must be given if it has several")
+        str | None,
+        tyro.conf.arg(
+            metavar="NAME",
+            help="one of the experiment's grids; where it has several it must be given, and without it they are listed",
+        ),
     ] = None,
     max_parallel: Count = None,
     runs_per_job: Runs = 1,
@@ -90,7 +96,7 @@ def submit(
         max_parallel: runs of this submission at once; by default as many as a cluster lets, and on this machine one for
             each GPU, else one for each core, at most 4
         runs_per_job: runs that one array element does, one after another in one process
-        dry_run: show what would be submitted, with the script, and submit nothing
+        dry_run: show what would be submitted, to a cluster with the script, and submit nothing
     """
     grids = experiments.script(experiment).GRIDS
     if grid is None and len(grids) > 1:
@@ -121,7 +127,7 @@ def retry(
         cluster: where to; by default where it was last
         max_parallel: runs of this submission at once
         runs_per_job: runs that one array element does, one after another in one process
-        dry_run: show what would be submitted, with the script, and submit nothing
+        dry_run: show what would be submitted, to a cluster with the script, and submit nothing
     """
     chosen = [name.strip() for name in state.split(",")]
     allowed = [*RETRIED, "cancelled"]
@@ -193,6 +199,9 @@ def _show_plan(
     folders: Folders,
     todo: list[RunState],
 ) -> None:
+    if not todo:
+        print("nothing would be submitted")
+        return
     elements = elements_of(todo, runs_per_job)
     print(f"would submit {len(todo)} runs in {len(elements)} elements to {cluster.name}: ", end="")
     if cluster.scheduler == "local":
@@ -201,11 +210,13 @@ def _show_plan(
     else:
         print(f"{cluster.gpus} GPUs, {cluster.cpus} cores, {cluster.mem_gb or '?'} GB and {cluster.hours:g} hours each")
     print(f"folders: {folders.data}, {folders.runs}, {folders.results}")
+    if absent := unprepared(datasets_of(todo), folders):
+        print(f"images that would be fetched and decoded first: {', '.join(absent)}")
     for state in todo[:10]:
         print(f"  python -m jobs run {experiment} {state.run.id}{_options(None, folders)}")
     if len(todo) > 10:
         print(f"  and {len(todo) - 10} more: python -m jobs plan {experiment}{_options(grid, folders)}")
-    if cluster.scheduler == "local" or not elements:
+    if cluster.scheduler == "local":
         return
     scheduler = schedulers.ALL[cluster.scheduler]
     if not scheduler.there():
@@ -294,7 +305,7 @@ def cancel(
     """Stop runs that are alive. What was trained so far is kept and gone on with by submitting again.
 
     Args:
-        yes: do not ask first
+        yes: do not ask before more than 20 runs are stopped
     """
     chosen = dict(experiments.find(experiment, name, grid) for name in names) or experiments.runs_of(experiment, grid)
     configs = experiments.runs_of(experiment)
@@ -388,10 +399,11 @@ def _watch(folders: Folders, experiment: str, grid: str | None) -> list[RunState
                 local = all(one.submission is None or one.submission.scheduler == "local" for one in found)
                 time.sleep(0.5 if local and bar.disable is False and len(found) < 1000 else 5)
                 found = _look(folders, experiment, grid, patient)
-            bar.n = counts(found).get("done", 0)
-            bar.refresh()
+            by_state = counts(found)
+            bar.n = by_state.pop("done", 0)
+            bar.set_postfix(by_state)
     except KeyboardInterrupt:
-        print("\nstopped watching; the runs go on (python -m jobs cancel EXPERIMENT stops them)", file=sys.stderr)
+        print(f"\nstopped watching; the runs go on (python -m jobs cancel {experiment} stops them)", file=sys.stderr)
         raise SystemExit(130) from None
     return found
 
@@ -415,8 +427,9 @@ def _print_table(experiment: str, grid: str | None, found: list[RunState], folde
         print(f"and {len(shown) - SHOWN} more: --json has them all")
     if any(state.state == "failed" for state in found):
         print(f"the whole of an error: python -m jobs logs {experiment} RUN{_options(None, folders)}")
-    if any(state.state in RETRIED for state in found):
-        again = f"python -m jobs retry {experiment}{_options(grid, folders)}"
+    if bad := [state for state in found if state.state in RETRIED]:
+        where = "" if any(state.submission for state in bad) else " --cluster NAME"
+        again = f"python -m jobs retry {experiment}{_options(grid, folders)}{where}"
         print(f"what did not end well starts again, from its last checkpoint, with: {again}")
     _mention_foreign(found)
 
@@ -544,7 +557,16 @@ def _later(command: Callable[..., None]) -> Callable[..., Callable[[], None]]:
     # tyro takes a ValueError for a fault of its own options; the commands' are for `guarded`
     @functools.wraps(command)
     def bound(*args: object, **options: object) -> Callable[[], None]:
-        return lambda: command(*args, **options)
+        def chosen() -> None:
+            try:
+                command(*args, **options)
+            except KeyboardInterrupt:
+                if command is run:
+                    raise
+                print("\nstopped; runs that were submitted go on", file=sys.stderr)
+                raise SystemExit(130) from None
+
+        return chosen
 
     return bound
 

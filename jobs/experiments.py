@@ -43,10 +43,11 @@ def find(experiment: str, name: str, grid: str | None = None) -> tuple[str, Conf
     if len(matching) == 1:
         return matching[0], runs[matching[0]]
     fits = f"is the beginning of {len(matching)} runs" if matching else "is none of them"
+    own = "" if matching else f" (a run of your own that is in no grid is repeated with python -m scripts.{experiment})"
     shown = "".join(f"\n  {known}" for known in (matching or list(runs))[:8])
     more = max(0, len(matching or runs) - 8)
     raise ValueError(
         f"a run of {experiment} must be named by its id, by the beginning of just one, or with --grid by its number there, "
-        f"however {name!r} {fits}; among them:{shown}"
-        + (f"\n  and {more} more: python -m jobs plan {experiment}" if more else "")
+        f"however {name!r} {fits}{own}; among them:{shown}"
+        + (f"\n  and {more} more: python -m jobs plan {experiment}{f' --grid {grid}' if grid else ''}" if more else "")
     )

@@ -40,7 +40,10 @@ def show(look: Callable[[], RunState], follow: bool) -> None:
     if state.run.failure.exists():
         print(f"\n{state.run.failure}:\n{state.run.failure.read_text(errors='replace')}", end="")
     elif not shown:
-        raise ValueError(f"{state.run.id} must have begun to have a log, however it is {state.state}")
+        raise ValueError(
+            f"a run has a log here once it has begun in a job that was submitted from here, however {state.run.id} has none, "
+            f"and is {state.state}"
+        )
     if state.reason and state.state != "failed":
         print(f"\n{state.state}: {state.reason}", file=sys.stderr)
 

@@ -7,7 +7,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -60,13 +60,22 @@ def todo_of(states: list[RunState], only: Collection[str] | None = None) -> list
     return [state for state in open_ if only is None or state.state in only]
 
 
-def prepare_data(datasets: set[str], folders: Folders) -> None:
+def datasets_of(todo: Iterable[RunState]) -> set[str]:
+    return {state.run.config.dataset for state in todo if hasattr(state.run.config, "dataset")}
+
+
+def unprepared(datasets: Iterable[str], folders: Folders) -> list[str]:
+    """Return those whose images are not there decoded."""
+    return sorted(name for name in datasets if not (folders.data / f"{name}.pt").exists())
+
+
+def prepare_data(datasets: Iterable[str], folders: Folders) -> None:
     """Fetch and decode the images once, before many processes want them; in a process of its own, for it imports torch.
 
     Raises:
         ValueError: they can't be had; its text says what was tried and what to do.
     """
-    for dataset in sorted(name for name in datasets if not (folders.data / f"{name}.pt").exists()):
+    for dataset in unprepared(datasets, folders):
         command = [sys.executable, "-m", "batchens.data.images", dataset, "--data", str(folders.data)]
         if subprocess.run(command).returncode:
             raise ValueError(
@@ -88,10 +97,11 @@ def submit(
     With `only`, runs in these states alone. The record is on the disk before the scheduler hears of it, and has the job
     ids before the lock is given up: whoever submits next sees what is alive.
     """
-    if not todo_of(look(folders, experiment, configs), only):
+    todo = todo_of(look(folders, experiment, configs), only)
+    if not todo:
         return None
     check(experiment, cluster, folders)
-    prepare_data({config.dataset for config in configs.values() if hasattr(config, "dataset")}, folders)
+    prepare_data(datasets_of(todo), folders)
     with alone(folders, experiment):
         _mend(folders, experiment)
         todo = todo_of(look(folders, experiment, configs), only)

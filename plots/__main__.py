@@ -19,8 +19,12 @@ from batchens.files import results_folder, write_text
 from batchens.results import METRICS
 
 PACKAGE = Path(__file__).parent
-WHICH = "one of {}; without it, all that have results; or findings, to write FINDINGS.md"
-WAY_OUT = "make some with `python -m jobs submit {} --grid demo --cluster local`, or name another with --results"
+WHICH = "one of {}; without it, all that have results; or findings, to write FINDINGS.md beside the folder of results"
+WAY_OUT = "make some with `python -m jobs submit {} --grid demo --cluster local{}`, or name another with --results"
+
+
+def way_out(experiment: str, results: Path) -> str:
+    return WAY_OUT.format(experiment, "" if results == results_folder() else f" --results {results}")
 
 
 def experiments() -> list[str]:
@@ -43,9 +47,10 @@ def draw(experiment: str, results: Path, command: str) -> None:
         raise ValueError(
             f"an experiment must be one of {', '.join(experiments())} (or findings), however: {experiment}"
         )
-    way_out = WAY_OUT.format(experiment)
     if not has_results(experiment, results):
-        raise ValueError(f"figures are drawn from results, however {results / experiment} holds none; {way_out}")
+        raise ValueError(
+            f"figures are drawn from results, however {results / experiment} holds none; {way_out(experiment, results)}"
+        )
 
     from plots.figure import save, style
     from plots.reading import usable_results
@@ -56,7 +61,8 @@ def draw(experiment: str, results: Path, command: str) -> None:
         print(f"warning: {reason}", file=sys.stderr)
     if df.empty:
         raise ValueError(
-            f"figures are drawn from results, however {results / experiment} holds no whole one; {way_out}"
+            f"figures are drawn from results, however {results / experiment} holds no whole one; "
+            f"{way_out(experiment, results)}"
         )
 
     folder = results / "figures" / experiment
@@ -99,7 +105,7 @@ def draw_all(results: Path, command: str) -> bool:
     known = experiments()
     there = [experiment for experiment in known if has_results(experiment, results)]
     if not there:
-        raise ValueError(f"figures are drawn from results, however {results} holds none; {WAY_OUT.format(known[0])}")
+        raise ValueError(f"figures are drawn from results, however {results} holds none; {way_out(known[0], results)}")
     good = True
     for experiment in there:
         try:
@@ -154,6 +160,9 @@ def main() -> int:
 
         write_page(page, results, experiments())
         print(f"the page of all figures: {page} ({page.stat().st_size / 1e6:.1f} MB)")
+    except KeyboardInterrupt:
+        print("\nstopped; figures that were drawn are kept, and the same command draws all", file=sys.stderr)
+        return 130
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -205,11 +205,11 @@ def main_device(runs: pd.DataFrame) -> str:
     return str(runs["device_name"].astype(str).mode()[0])
 
 
-def measured_on(runs: pd.DataFrame, cell: Sequence[str]) -> str:
-    """Return on which device times were measured, and how far they differ where they should not."""
+def measured_on(runs: pd.DataFrame, cell: Sequence[str], measure: str = "seconds") -> str:
+    """Return on which device times, or speeds, were measured, and how far they differ where they should not."""
     device, devices = main_device(runs), runs["device_name"].astype(str)
     left_out = "; runs on other devices are left out" if devices.nunique() > 1 else ""
-    alike = runs[(devices == device) & (runs["seconds"] > 0)].groupby(list(cell), dropna=False)["seconds"]
+    alike = runs[(devices == device) & (runs[measure] > 0)].groupby(list(cell), dropna=False)[measure]
     factor = (alike.max() / alike.min()).max()
     load = (
         f" Seeds of one configuration do the same work, and their times differ by up to a factor of {factor:.1f}: that is what "

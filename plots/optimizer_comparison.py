@@ -823,7 +823,8 @@ def _convergence_figures(every: Sequence[Arm], df: pd.DataFrame) -> Figures:
         "convergence",
         "Epochs (above) and seconds of training (below) until the validation accuracy is first there, IVON at the mean: at 90, "
         "95 and 99 % of the final one of the method's worst optimizer (the mean over its seeds, rounded down), so that each "
-        f"optimizer gets there. Small dots are seeds, large ones their mean, {_n(every)}; a run that does not get there is a "
+        "optimizer gets there; optimizers are drawn a little aside of each other. Small dots are seeds, large ones their "
+        f"mean, {_n(every)}; a run that does not get there is a "
         f"cross, and then there is no mean ({missed or 'none'} of {len(every_run)}). Validation is once an epoch, and the "
         "learning rate falls to 0 at the last one: with another budget the times are others. "
         f"{_seconds(every)} {_chosen(every)}",

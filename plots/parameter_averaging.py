@@ -144,7 +144,7 @@ def summarise_runs(df: pd.DataFrame) -> pd.DataFrame:
     parts = []
     for form in FORMS:
         test, validation = (_last(ensemble[ensemble["split"] == split + form]) for split in ("test", "validation"))
-        runs = test[[*CONFIG, *FACTS, *COSTS]].copy()
+        runs = test.reindex(columns=[*CONFIG, *FACTS, *COSTS, "networks_digest"])
         for name in ("accuracy", "nll", "brier", "ece"):
             runs[f"test_{name}"] = test[name] * (100 if name in ("accuracy", "ece") else 1)
         runs["validation_accuracy"], runs["validation_nll"] = 100 * validation["accuracy"], validation["nll"]
@@ -470,8 +470,10 @@ def _sentences(setting: Setting, df: pd.DataFrame) -> list[str]:
         *lines,
         *_verdicts(setting),
         *_projection_sentence(setting, size),
+        *_row_error_sentence(df, every),
         *_barrier_sentence(df, setting),
         *_network_sentence(setting, size),
+        *_other_networks_sentence(setting),
     ]
 
 
@@ -566,6 +568,32 @@ def _projections(setting: Setting, size: int) -> list[tuple[pd.DataFrame, pd.Dat
     every = {cell.label: cell.runs for cell in cells(setting, size)}
     suffix = FORMS["_projected"]
     return [(runs, every[label + suffix]) for label, runs in every.items() if label + suffix in every]
+
+
+def _row_error_sentence(df: pd.DataFrame, every: Sequence[Cell]) -> list[str]:
+    """Return how far from doubly stochastic the matrices of each form of PermAVG are."""
+    errors = df.loc[df["split"] == "matrix"].groupby("run_id")["row_error"].max()
+    found = {
+        cell.label: cell.runs["run_id"].map(errors).max() for cell in every if cell.arm in PERMAVG and not cell.form
+    }
+    words = [f"{label} {error:.2g}" for label, error in found.items() if pd.notna(error)]
+    if not words:
+        return []
+    return [
+        "Of PermAVG's matrices the columns sum to 1, and the rows as nearly as 100 normalisations make them; in all runs, "
+        f"members and layers a row's sum is off by at most: {'; '.join(words)}."
+    ]
+
+
+def _other_networks_sentence(setting: Setting) -> list[str]:
+    """Return where runs of one seed are not of the same networks, as they may be where these were trained again."""
+    known = setting.runs.dropna(subset="networks_digest")
+    several = known.groupby(["ensemble_size", "seed"])["networks_digest"].nunique().reset_index()
+    return [
+        f"Of {size} networks, seed {seed}, runs are of {count} different sets of networks: their differences are of "
+        "these too."
+        for size, seed, count in several[several["networks_digest"] > 1].itertuples(index=False)
+    ]
 
 
 def _barrier_sentence(df: pd.DataFrame, setting: Setting) -> list[str]:
@@ -865,9 +893,14 @@ def _rates(every: Iterable[Cell]) -> str:
 
 def _size_figure(setting: Setting, df: pd.DataFrame) -> Figures:
     runs = best_of_arms(setting)
-    sizes = sorted(int(size) for size in set(runs["ensemble_size"]))
-    if len(sizes) < 2:
+    arms_of = runs.groupby("ensemble_size")["arm"].nunique()
+    several = arms_of[
+        (arms_of.index > 1) & (arms_of > 1)
+    ].index  # of two networks there may be the line between them alone
+    if len(several) < 2:
         return
+    sizes = sorted({int(size) for size in [*several, *runs.loc[runs["ensemble_size"] == 1, "ensemble_size"]]})
+    runs = runs[runs["ensemble_size"].isin(sizes)]
     panels = {"nothing trained": UNTRAINED, "PermAVG": PERMAVG, "other extra training": CONTROLS}
     panels = {title: arms for title, arms in panels.items() if runs["arm"].isin(arms).any()} or {"": ()}
     figure = new_figure(TEXT_WIDTH * max(2, len(panels)) / 3, 4.9)

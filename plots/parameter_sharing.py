@@ -619,7 +619,8 @@ def _cell_figures(setting: Setting, df: pd.DataFrame) -> Figures:
         yield (
             "throughput",
             f"Batches of {setting.fields['batch_size']} images in a second of training, each run's median over its epochs. "
-            f"{HOW} Every member sees the whole batch. {dots_of(_seeds(runs))}. {dashed} {measured_on(setting.runs, CELL)}",
+            f"{HOW} Every member sees the whole batch. {dots_of(_seeds(runs))}. {dashed} "
+            f"{measured_on(setting.runs, CELL, 'batches_per_second')}",
             figure,
         )
 

@@ -208,6 +208,7 @@ def test_slurm(site, capsys):
     site.refuses("sacct", "Slurm accounting storage is disabled", 1)
     site.refuses("sacctmgr", "You are not running a supported accounting_storage plugin", 1)
     site.refuses("sbatch", "allocation failure: Invalid account", 1)
+    site.says("srun", "")  # submitit looks for it
     preset = Cluster("x", "slurm", hours=48, max_hours=72, gpus=1, options={"partition": "gpu,short"})
     doctor.examine(preset, site.folders, probe=False, consent=False)
     out = capsys.readouterr().out

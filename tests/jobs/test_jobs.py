@@ -64,7 +64,7 @@ def test_logs_are_those_of_the_run_alone(finished):
 
 
 def test_logs_can_be_followed_to_the_end_and_a_run_without_any_says_so(place):
-    assert "must have begun" in place.jobs("logs", EXPERIMENT, IDS[0], code=2)
+    assert f"however {IDS[0]} has none, and is missing" in place.jobs("logs", EXPERIMENT, IDS[0], code=2)
     place.jobs("submit", EXPERIMENT, "--grid", "smoke", "--cluster", "local", "--max-parallel", "1")
     said = place.jobs("logs", EXPERIMENT, IDS[1], "--follow")
     assert said.count("epoch 1 of 2") == 1 and said.count("written: ") == 1
@@ -132,6 +132,19 @@ def test_images_that_cannot_be_had_are_missed_before_anything_is_submitted(place
     said = place.jobs("submit", EXPERIMENT, "--grid", "cnn", "--cluster", "local", "--data", empty, code=2)
     assert "python -m batchens.data.images cifar10" in said
     assert not list(place.folders.runs.rglob("record.json"))
+    said = place.jobs("submit", EXPERIMENT, "--grid", "cnn", "--cluster", "local", "--data", empty, "--dry-run")
+    assert "images that would be fetched and decoded first: cifar10\n" in said
+
+
+def test_only_the_images_of_what_is_submitted_are_wanted(place):
+    """Without --grid, of an experiment whose other grids are of other images."""
+    place.environment |= {"https_proxy": "http://127.0.0.1:9", "http_proxy": "http://127.0.0.1:9"}
+    run = Run(EXPERIMENT, SMOKE[IDS[0]], place.folders)
+    run.folder.mkdir(parents=True)
+    run.failure.write_text("RuntimeError: of the time before\n")
+    assert "submitted 1 runs" in place.jobs("retry", EXPERIMENT, "--cluster", "local")
+    place.wait()
+    assert place.states() == {"done": 1, "missing": 5}
 
 
 def test_run_by_number_and_by_prefix_and_again(place):
@@ -222,6 +235,44 @@ def saying(seconds):
 time.sleep = saying
 runpy.run_module("jobs", run_name="__main__", alter_sys=True)
 """
+
+
+def test_a_run_that_was_stopped_by_hand_says_so_and_how_it_goes_on(place):
+    run = Run(EXPERIMENT, SMOKE[IDS[0]], place.folders)
+    command = [sys.executable, "-c", STOPPED_AFTER_AN_EPOCH, "run", EXPERIMENT, IDS[0]]
+    ended = subprocess.run(command, cwd=ROOT, env=place.environment, capture_output=True, text=True, timeout=60)
+    assert ended.returncode == 130 and "the same command goes on" in ended.stderr and run.checkpoint.exists()
+    said = place.jobs("status", EXPERIMENT, "--grid", "smoke")
+    assert f"stopped by hand; goes on with: python -m jobs run {EXPERIMENT} {IDS[0]}" in said
+    (again,) = (line for line in said.splitlines() if "jobs retry" in line)
+    assert again.endswith(" --cluster NAME")
+    place.jobs("run", EXPERIMENT, IDS[0])
+    assert place.states() == {"done": 1, "missing": 5}
+
+
+STOPPED_AFTER_AN_EPOCH = """
+import runpy
+from batchens.run import Run
+after_epoch = Run.after_epoch
+def stopping(*arguments):
+    after_epoch(*arguments)
+    raise KeyboardInterrupt
+Run.after_epoch = stopping
+runpy.run_module("jobs", run_name="__main__", alter_sys=True)
+"""
+
+
+def test_ctrl_c_of_logs_says_that_runs_go_on(place):
+    place.jobs("submit", EXPERIMENT, "--grid", "smoke", "--cluster", "local", "--max-parallel", "1")
+    command = [sys.executable, "-c", SAYS_WHEN_IT_WAITS, "logs", EXPERIMENT, IDS[-1], "--follow"]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    following = subprocess.Popen(command, cwd=ROOT, env=place.environment, text=True, **pipes)
+    assert following.stdout.readline() == "waits\n"
+    following.send_signal(signal.SIGINT)
+    _, err = following.communicate(timeout=30)
+    assert following.returncode == 130 and err.strip() == "stopped; runs that were submitted go on"
+    place.wait()
+    assert place.states() == {"done": 6}
 
 
 def test_ctrl_c_ends_the_watching_and_not_the_runs(place):

@@ -266,6 +266,7 @@ def test_runs_of_an_array_whose_submitter_was_killed_start_anew_though_they_had_
         json.dumps({"host": "n-7", "pid": 1, "born": "1", "job_id": "1_1", "since": 0, "token": "x"})
     )
     begun.claim.with_name(".failure.txt.before").write_text("RuntimeError: of the time before\n")
+    place.wait_for("running")  # its job may pend a moment, and then a claim is that of a process before it was requeued
     assert place.states() == {"running": 1, "missing": 5}
     said = place.jobs("submit", EXPERIMENT, "--grid", "demo", "--cluster", "site", "--dry-run")
     assert "cancelled" not in said  # a dry run changes nothing

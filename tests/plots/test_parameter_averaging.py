@@ -40,6 +40,7 @@ def write(
     speed: float = 100.0,
     plain: float | None = 100.0,
     device: str = "cpu",
+    networks: str = "",
     **fields: object,
 ) -> None:
     """Write a run as the script does: on test this accuracy, an NLL of what is missing to 1; validation alike if not given.
@@ -57,6 +58,7 @@ def write(
         "seconds_base": 0.0 if config.method == "longer" else 10.0 * config.ensemble_size,
         "seconds_matching": 0.5 if config.matching else None, "inference_images_per_second": speed, "device_name": device,
         "number_format": "float32", "torch": "2", "data_source": "here", "commit": "", "dirty": "", "finished": "2026",
+        "networks_digest": networks,
     } | ({} if plain is None else {"plain_images_per_second": plain})  # fmt: skip
     rows = []
 
@@ -519,6 +521,24 @@ def test_matrices_are_means_over_members_and_pictures_are_square(df: pd.DataFram
     assert (matrices["layer"], matrices["row_max"], matrices["unique_argmax"]) == pytest.approx((1, 0.3, 50))
     assert pa.picture(df, runs[0], "picture").tolist() == [[1, 0], [0, 0.5]]
     assert pa.picture(df, runs[1], "picture") is None
+
+
+def test_how_nearly_rows_sum_to_1_is_the_largest_error_of_all_members(finding: figure.Finding) -> None:
+    (said,) = (one for one in finding.sentences if "a row's sum" in one)
+    assert said.endswith(
+        "off by at most: PermAVG T = 0.1 0.006; PermAVG T = 0.1 from matched 0.006; PermAVG T = 1 (thesis) 0.006."
+    )
+
+
+def test_runs_of_one_seed_that_are_of_other_networks_are_named(tmp_path: Path) -> None:
+    for seed, of_one, of_other in ((0, "abc", "abc"), (1, "abd", "abe"), (2, "abf", "")):  # "": not known
+        write(tmp_path, 0.8, method="naive_average", seed=seed, networks=of_one)
+        write(tmp_path, 0.8, method="permavg", seed=seed, networks=of_other)
+        write(tmp_path, 0.8, method="permavg", ensemble_size=2, seed=seed, networks=f"{of_one}2")
+    (finding,) = pa.findings(read(tmp_path)).values()
+    assert [one for one in finding.sentences if "sets of networks" in one] == [
+        "Of 3 networks, seed 1, runs are of 2 different sets of networks: their differences are of these too."
+    ]
 
 
 def test_titles_of_matrices_are_inside_the_figure(tmp_path: Path) -> None:
