@@ -893,14 +893,11 @@ def _rates(every: Iterable[Cell]) -> str:
 
 def _size_figure(setting: Setting, df: pd.DataFrame) -> Figures:
     runs = best_of_arms(setting)
-    arms_of = runs.groupby("ensemble_size")["arm"].nunique()
-    several = arms_of[
-        (arms_of.index > 1) & (arms_of > 1)
-    ].index  # of two networks there may be the line between them alone
-    if len(several) < 2:
+    others = set(runs.loc[runs["method"] != "weight_matching", "ensemble_size"])
+    runs = runs[runs["ensemble_size"].isin(others)]  # of two there may be matching alone, for the line between them
+    sizes = sorted(map(int, others))
+    if sum(size > 1 for size in sizes) < 2:
         return
-    sizes = sorted({int(size) for size in [*several, *runs.loc[runs["ensemble_size"] == 1, "ensemble_size"]]})
-    runs = runs[runs["ensemble_size"].isin(sizes)]
     panels = {"nothing trained": UNTRAINED, "PermAVG": PERMAVG, "other extra training": CONTROLS}
     panels = {title: arms for title, arms in panels.items() if runs["arm"].isin(arms).any()} or {"": ()}
     figure = new_figure(TEXT_WIDTH * max(2, len(panels)) / 3, 4.9)

@@ -632,6 +632,15 @@ def test_one_run_alone_draws_what_it_can(tmp_path: Path) -> None:
     assert pa.findings(read(tmp_path))["digits-mlp"].sentences
 
 
+def test_of_one_number_of_networks_with_the_lines_between_two_there_is_no_figure_of_sizes(tmp_path: Path) -> None:
+    for method in ("deep_ensemble", "permavg"):
+        write(tmp_path, 0.8, method=method, ensemble_size=3)
+    write(tmp_path, 0.7, method="weight_matching", ensemble_size=2)
+    with figure.style():
+        names = {name.partition("/")[2] for name, _, _ in pa.figures(read(tmp_path))}
+    assert "barriers" in names and "size" not in names
+
+
 def test_no_seed_in_common_is_said(tmp_path: Path) -> None:
     write(tmp_path, 0.8, method="naive_average", seed=0, ensemble_size=3)
     write(tmp_path, 0.8, method="permavg", seed=1)
