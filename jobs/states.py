@@ -242,12 +242,17 @@ def _judge(state: RunState, there: bool, waits: bool, job: Job | None) -> None:
         state.state, state.reason = "timeout" if late else "failed", reason
     elif job is not None:
         state.state, state.reason, state.node = job.end or "lost", job.detail, job.node
-    elif state.owner or (state.submission and state.submission.scheduler == "local"):
-        state.state, state.reason = "lost", "its process is gone: killed, or out of memory"
-    elif there and run.checkpoint.exists():  # and no claim: its process ended in order
-        state.state, state.reason = (
-            "lost",
-            f"stopped by hand; goes on with: python -m jobs run {run.experiment} {run.id}",
+    elif (
+        state.owner
+        or (there and run.checkpoint.exists())
+        or (state.submission and state.submission.scheduler == "local")
+    ):
+        by_hand = not state.owner and state.submission is None  # its process gave the run up in order
+        state.state = "lost"
+        state.reason = (
+            f"stopped by hand; goes on with: python -m jobs run {run.experiment} {run.id}"
+            if by_hand
+            else "its process is gone: killed, or out of memory"
         )
 
 
