@@ -1121,15 +1121,18 @@ def _cost_figure(setting: Setting, df: pd.DataFrame) -> Figures:
         "matching included",
         "relative_speed": "images per second in inference, of the runs that timed a plain network in turn with their own",
     }
-    there = {cell.arm for cell in every}
+    low = axes[0].get_ylim()[0]
+    below = [cell for cell in every if cell.runs["test_accuracy"].max() < low]
+    there = {cell.arm for cell in every} - {cell.arm for cell in below}
     _legend(figure, [look for arm, look in ARMS.items() if arm in there], lines=False)
+    means = listed([f"{cell.label} ({cell.runs['test_accuracy'].mean():.1f} %)" for cell in below])
     yield (
         "cost",
         f"Final test accuracy of what is made of {size} networks against {', and against '.join(costs[x] for x in axes_of)}; "
         "logarithmic. The open circle is the first network alone. Small dots are runs, large ones means over seeds at the "
         "median cost, "
-        f"{_n(every)}; not all runs timed inference, and where fewer than three did there is no large one. Averages that "
-        "nothing was trained of may lie below what is in view; the table has them. "
+        f"{_n(every)}; not all runs timed inference, and where fewer than three did there is no large one. "
+        f"{f'Below what is in view: {means}. ' if below else ''}"
         f"{measured_on(setting.runs, [*CELL, 'form'])}{_rates(every)}",
         figure,
     )

@@ -669,6 +669,23 @@ def test_cost_is_of_one_device(tmp_path: Path) -> None:
     assert colours == {pa.ARMS["deep_ensemble"].colour}
 
 
+def test_what_is_below_the_view_of_cost_is_named_and_not_in_the_legend(tmp_path: Path) -> None:
+    for method, accuracy in (
+        ("deep_ensemble", 0.8),
+        ("permavg", 0.75),
+        ("naive_average", 0.1),
+        ("weight_matching", 0.7),
+    ):
+        for seed in range(3):
+            write(tmp_path, accuracy + 0.01 * seed, method=method, seed=seed)
+    with figure.style():
+        (found,) = (one for one in pa.figures(read(tmp_path)) if one[0].endswith("/cost"))
+    _, caption, drawing = found
+    labels = {text.get_text() for text in drawing.legends[0].get_texts()}
+    assert "Below what is in view: naive average (11.0 %) and weight matching to mean (71.0 %). " in caption
+    assert labels == {"deep ensemble", "PermAVG"}
+
+
 def test_networks_from_files_are_settings_of_their_own(tmp_path: Path) -> None:
     for method in ("naive_average", "deep_ensemble"):
         write(tmp_path, 0.8, method=method)
