@@ -10,6 +10,7 @@ import time
 import traceback
 from pathlib import Path
 from types import FrameType, ModuleType
+from typing import Any, cast
 
 from submitit.core.utils import DelayedSubmission, UncompletedJobError
 
@@ -45,13 +46,10 @@ class Element:
         return work(self.experiment, [runs], None, self.folders, since=self.submitted, until=until)
 
     def checkpoint(self, runs: list[str]) -> DelayedSubmission:
-        elapsed = time.time() - self.started
-        known = experiments.runs_of(self.experiment)
-        marks = (
-            path
-            for run in (Run(self.experiment, known[run_id], self.folders) for run_id in runs if run_id in known)
-            for path in (run.result, run.progress)  # of whatever a run trains an epoch of, it tells
-        )
+        elapsed = time.time() - self.started if self.started else 0.0
+        # no Config, of which their files' names do not need one: the signal may come while the script is being imported
+        known = (Run(self.experiment, cast(Any, None), self.folders, run_id) for run_id in runs)
+        marks = (path for run in known for path in (run.result, run.progress))  # of whatever it trains an epoch of
         # half of the time, since a limit of a minute or two is warned of up to a minute before
         if elapsed > 30 * self.minutes and not any(p.exists() and p.stat().st_mtime > self.started for p in marks):
             raise OutOfTime(f"not one epoch was finished in the job's {self.minutes} minutes; retry with more: --hours")

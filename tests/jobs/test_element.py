@@ -88,6 +88,19 @@ def test_a_job_whose_time_holds_no_epoch_is_not_requeued_for_ever(place):
     assert element.checkpoint(ids).args == (ids,)
 
 
+@pytest.mark.parametrize("began", [0.0, -30.0])
+def test_a_signal_before_a_job_has_imported_its_script_requeues_it(place, monkeypatch, began):
+    """Or even before the job has looked at the clock."""
+
+    def half_imported(*arguments):
+        raise AttributeError("partially initialized module has no attribute 'GRIDS'")
+
+    monkeypatch.setattr(element.experiments, "script", half_imported)
+    early = Element(EXPERIMENT, place.folders, minutes=10)
+    early.started = time.time() + began if began else 0.0
+    assert early.checkpoint(["a", "b"]).args == (["a", "b"],)
+
+
 def test_a_run_that_is_no_longer_in_a_grid_fails_alone(place, capsys):
     ids = list(place.configs)
     with pytest.raises(RuntimeError, match="1 of 2 runs failed: gone"):
