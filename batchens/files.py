@@ -76,9 +76,9 @@ def write_tensors(path: Path, content: Any) -> None:
     with replacing(path) as temporary:
         try:
             torch.save(content, temporary)
-        except (torch.OutOfMemoryError, torch.AcceleratorError):  # RuntimeErrors too, however no fault of a file
-            raise
         except RuntimeError as error:
+            if type(error) is not RuntimeError:  # a GPU's, say, which is no fault of the file
+                raise
             raise OSError(errno.ENOSPC, "the file could not be written", str(path)) from error
 
 

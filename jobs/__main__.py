@@ -305,7 +305,7 @@ def cancel(
     """Stop runs that are alive. What was trained so far is kept and gone on with by submitting again.
 
     Args:
-        yes: do not ask before more than 20 runs are stopped
+        yes: do not ask before many runs are stopped
     """
     chosen = dict(experiments.find(experiment, name, grid) for name in names) or experiments.runs_of(experiment, grid)
     configs = experiments.runs_of(experiment)

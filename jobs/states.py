@@ -250,7 +250,7 @@ def _judge(state: RunState, there: bool, waits: bool, job: Job | None) -> None:
         by_hand = not state.owner and state.submission is None  # its process gave the run up in order
         state.state = "lost"
         state.reason = (
-            f"stopped by hand; goes on with: python -m jobs run {run.experiment} {run.id}"
+            "stopped by hand; `jobs run` goes on with it"
             if by_hand
             else "its process is gone: killed, or out of memory"
         )

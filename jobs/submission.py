@@ -61,6 +61,7 @@ def todo_of(states: list[RunState], only: Collection[str] | None = None) -> list
 
 
 def datasets_of(todo: Iterable[RunState]) -> set[str]:
+    """Return the data sets of images that these runs learn."""
     return {state.run.config.dataset for state in todo if hasattr(state.run.config, "dataset")}
 
 

@@ -10,6 +10,7 @@ beside the folder of results (`plots/findings.py`). An experiment is a module of
     findings(df)    setting -> Finding
 """
 
+import shlex
 import sys
 from importlib import import_module
 from pathlib import Path
@@ -20,11 +21,15 @@ from batchens.results import METRICS
 
 PACKAGE = Path(__file__).parent
 WHICH = "one of {}; without it, all that have results; or findings, to write FINDINGS.md beside the folder of results"
-WAY_OUT = "make some with `python -m jobs submit {} --grid demo --cluster local{}`, or name another with --results"
 
 
 def way_out(experiment: str, results: Path) -> str:
-    return WAY_OUT.format(experiment, "" if results == results_folder() else f" --results {results}")
+    """Return what to do where there are no results."""
+    there = "" if results == results_folder() else f" --results {shlex.quote(str(results))}"
+    return (
+        f"make some with `python -m jobs submit {experiment} --grid demo --cluster local{there}`, or name another folder with "
+        "--results"
+    )
 
 
 def experiments() -> list[str]:

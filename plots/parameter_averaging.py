@@ -570,9 +570,14 @@ def _projections(setting: Setting, size: int) -> list[tuple[pd.DataFrame, pd.Dat
     return [(runs, every[label + suffix]) for label, runs in every.items() if label + suffix in every]
 
 
+def _row_errors(df: pd.DataFrame) -> pd.Series:
+    """Return, by PermAVG's run, how far from 1 a row's sum is at most, in all its members and layers."""
+    return df[(df["split"] == "matrix") & (df["method"] == "permavg")].groupby("run_id")["row_error"].max().dropna()
+
+
 def _row_error_sentence(df: pd.DataFrame, every: Sequence[Cell]) -> list[str]:
     """Return how far from doubly stochastic the matrices of each form of PermAVG are."""
-    errors = df.loc[df["split"] == "matrix"].groupby("run_id")["row_error"].max()
+    errors = _row_errors(df)
     found = {
         cell.label: cell.runs["run_id"].map(errors).max() for cell in every if cell.arm in PERMAVG and not cell.form
     }
@@ -1053,7 +1058,7 @@ def _matrix_figures(setting: Setting, df: pd.DataFrame) -> Figures:
 
 def _row_error(df: pd.DataFrame) -> str:
     """Return how nearly PermAVG's matrices are doubly stochastic."""
-    errors = df.loc[(df["split"] == "matrix") & (df["method"] == "permavg"), "row_error"].dropna()
+    errors = _row_errors(df)
     if errors.empty:
         return ""
     return (

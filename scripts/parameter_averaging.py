@@ -283,7 +283,6 @@ GRIDS = {
     ),
     # without crops and flips: the thesis, with flips alone, stands between this and the one above
     "unaugmented": [*pairs(UNAUGMENTED, range(5)), *study(UNAUGMENTED, (3,), range(5), (0.1, 1.0), rates=True)],
-    # three hidden layers
     "deeper": [*pairs(DEEPER, range(3)), *study(DEEPER, (3,), range(3))],
     "cnn": study(CNN, (2, 3), range(3)),
     "vgg11": unique(

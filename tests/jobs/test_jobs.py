@@ -243,7 +243,7 @@ def test_a_run_that_was_stopped_by_hand_says_so_and_how_it_goes_on(place):
     ended = subprocess.run(command, cwd=ROOT, env=place.environment, capture_output=True, text=True, timeout=60)
     assert ended.returncode == 130 and "the same command goes on" in ended.stderr and run.checkpoint.exists()
     said = place.jobs("status", EXPERIMENT, "--grid", "smoke")
-    assert f"stopped by hand; goes on with: python -m jobs run {EXPERIMENT} {IDS[0]}" in said
+    assert f"{IDS[0]}  (stopped by hand; `jobs run` goes on with it)" in said
     (again,) = (line for line in said.splitlines() if "jobs retry" in line)
     assert again.endswith(" --cluster NAME")
     place.jobs("run", EXPERIMENT, IDS[0])
