@@ -124,9 +124,7 @@ class Run:
         owner = self._claim()
         self.since = owner["since"]
         try:
-            # of each attempt that the checkpoint holds epochs of, and ours
-            before = read_json(self.progress).get("code", []) if self.checkpoint.exists() else []
-            self.code = list(dict.fromkeys([*map(tuple, before), results.code_version()]))
+            self.code = attempts(self.progress, self.checkpoint)
             self.failure.unlink(missing_ok=True)
             yield
         except Exception as error:
@@ -217,15 +215,27 @@ class Run:
         incidental = self.config.INCIDENTAL
         config = {name: value for name, value in asdict(self.config).items() if name not in incidental}
         head = {"run_id": self.id, "experiment": self.experiment, **config}
-        tail = {**facts, **results.provenance()}
-        if len(self.code) > 1:
-            commits, dirty = zip(*self.code, strict=True)
-            tail |= {"commit": " + ".join(dict.fromkeys(commits)), "dirty": any(dirty)}
+        tail = {**facts, **results.provenance(), **(code_of(self.code) if self.code else {})}
         columns = ("epoch", "split", "member", *measured, "seconds", "images_per_second", "peak_memory_mb")
         results.write_run(self.result, [{**head, **{name: row.get(name) for name in columns}, **tail} for row in rows])
         for path in (self.checkpoint, self.progress):
             path.unlink(missing_ok=True)
         return self.result
+
+
+def attempts(note: Path, checkpoint: Path) -> list[tuple[str, bool | None]]:
+    """Return commit and whether it was changed since, of each attempt that a checkpoint holds epochs of, and of ours.
+
+    Those before ours are under `code` in `note`, a JSON file that each attempt writes after an epoch.
+    """
+    before = read_json(note).get("code", []) if checkpoint.exists() else []
+    return list(dict.fromkeys([*map(tuple, before), results.code_version()]))
+
+
+def code_of(attempts: Sequence[tuple[str, bool | None]]) -> dict[str, Any]:
+    """Return `commit`, of all attempts, joined by +, and `dirty`, of any of them; None where that is not known of the last."""
+    commits, dirty = zip(*attempts, strict=True)
+    return {"commit": " + ".join(dict.fromkeys(commits)), "dirty": any(dirty) or dirty[-1]}
 
 
 def owner_alive(owner: dict[str, Any], for_job: str = "") -> bool:

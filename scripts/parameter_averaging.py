@@ -59,8 +59,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from batchens.data.catalog import DatasetName
 from batchens.grid import grid, unique
-from batchens.results import CURVE, METRICS, numbers, provenance
-from batchens.run import Cancelled, Folders, Run, command_line, read_json
+from batchens.results import CURVE, METRICS, numbers
+from batchens.run import Cancelled, Folders, Run, attempts, code_of, command_line
 from batchens.settings import check
 
 if TYPE_CHECKING:
@@ -612,20 +612,21 @@ def train_network(
     from batchens.training import device_facts, fit
 
     checkpoint, begun = path.with_suffix(".checkpoint"), path.with_suffix(".json")
-    by, code = provenance(), []
     seed = 1000 * config.seed + member
     epochs = config.ensemble_size * config.epochs + (config.extra_epochs or 0)
     device = images.train.images.device
 
-    def trained() -> list[dict[str, Any]]:
-        nonlocal code  # of each attempt that the checkpoint holds epochs of, and ours
-        before = read_json(begun).get("code", []) if checkpoint.exists() else []
-        code = list(dict.fromkeys([*map(tuple, before), (by["commit"], by["dirty"])]))
-        write_text(begun, json.dumps({"code": code}))
+    def trained() -> tuple[list[dict[str, Any]], list[tuple[str, bool | None]]]:
+        code = attempts(begun, checkpoint)
+
+        def on_epoch(new: list[dict[str, Any]]) -> None:
+            write_text(begun, json.dumps({"code": code}))
+            run.after_epoch(later(new, member * config.epochs), epochs)
+
         # anew: a damaged file, or a checkpoint of no use, may have been read into it
         network.load_state_dict(build(config, images.shape, images.num_classes, seed).state_dict())
         network.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-        return fit(
+        rows = fit(
             network,
             images,
             optimizer_of(config, network, images),
@@ -638,15 +639,14 @@ def train_network(
             seed=seed,
             precision=config.precision,
             checkpoint=checkpoint,
-            on_epoch=lambda new: run.after_epoch(later(new, member * config.epochs), epochs),
+            on_epoch=on_epoch,
         )
+        return rows, code
 
     try:
-        rows = trained()
+        rows, code = trained()
     except ValueError as error:
         if not str(error).startswith(f"the checkpoint {checkpoint} can't be gone on from"):
-            if not checkpoint.exists():  # refused before it was begun
-                begun.unlink(missing_ok=True)
             raise
         reason = " ".join(str(error.__cause__).split())[:200]
         print(
@@ -654,14 +654,13 @@ def train_network(
             f"{put_aside(checkpoint).name}): {type(error.__cause__).__name__}: {reason}",
             flush=True,
         )
-        rows = trained()
+        rows, code = trained()
     weights = {name: tensor.cpu().contiguous() for name, tensor in network.state_dict().items()}
     made = device_facts(device, config.precision, optimizer_of(config, network, images), False)
     facts = {
         "digest": digest(weights),
         "seconds": sum(row["seconds"] for row in rows if row["split"] == "train"),
-        "commit": " + ".join(dict.fromkeys(commit for commit, _ in code)),
-        "dirty": any(dirty for _, dirty in code),
+        **code_of(code),
         "torch": str(made["torch"]),
         "device_name": made["device_name"],
         "number_format": made["number_format"],

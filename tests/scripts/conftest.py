@@ -39,6 +39,28 @@ def command(experiment, monkeypatch, capsys):
 
 
 @pytest.fixture
+def stopped(command, monkeypatch):
+    """The command line of the script, ended by Ctrl-C in its step number `at`; of 9 an epoch, so in mid-epoch."""
+    from batchens import optimizers
+
+    def run(*arguments, at=14):
+        step, steps = optimizers.step, []
+
+        def stopping(*of_step):
+            steps.append(1)
+            if len(steps) == at:
+                raise KeyboardInterrupt
+            step(*of_step)
+
+        with monkeypatch.context() as patched:
+            patched.setattr(optimizers, "step", stopping)
+            assert command(*arguments)[0] == 130
+        assert len(steps) == at
+
+    return run
+
+
+@pytest.fixture
 def refused(command, tmp_path):
     """The command line of the script, which must refuse and write nothing: what it said on stderr, in one line."""
 

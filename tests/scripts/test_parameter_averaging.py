@@ -528,7 +528,7 @@ def test_a_result_says_which_networks_it_is_of_and_by_what_they_were_trained(tmp
     import batchens.results
 
     by = {"commit": "c0ffee", "dirty": False}
-    monkeypatch.setattr(parameter_averaging, "provenance", lambda: batchens.results.provenance() | by)
+    monkeypatch.setattr(batchens.results, "code_version", lambda: tuple(by.values()))
     one, other = run(method="naive_average"), run(method="deep_ensemble")
     assert len(one[0]["networks_digest"]) == 16 and one[0]["networks_digest"] == other[0]["networks_digest"]
     assert {row["networks_commit"] for row in one + other} == {"c0ffee"}
@@ -551,22 +551,12 @@ def test_a_result_says_which_networks_it_is_of_and_by_what_they_were_trained(tmp
     assert mixed[0]["networks_commit"] == "c0ffee-dirty + not known"
 
 
-def test_a_network_that_was_gone_on_with_by_other_code_says_so(command, tmp_path, monkeypatch):
+def test_a_network_that_was_gone_on_with_by_other_code_says_so(stopped, tmp_path, monkeypatch):
     import batchens.results
 
-    step, steps, code = optimizers.step, [], {"commit": "c0ffee", "dirty": False}
-    monkeypatch.setattr(parameter_averaging, "provenance", lambda: batchens.results.provenance() | code)
-
-    def stopping(*arguments):
-        steps.append(1)
-        if len(steps) == 14:  # of 9 an epoch
-            raise KeyboardInterrupt
-        step(*arguments)
-
-    with monkeypatch.context() as patched:
-        patched.setattr(optimizers, "step", stopping)
-        assert command(*OPTIONS, "--method", "naive_average")[0] == 130
-    code["commit"] = "decade"
+    monkeypatch.setattr(batchens.results, "code_version", lambda: ("c0ffee", False))
+    stopped(*OPTIONS, "--method", "naive_average")
+    monkeypatch.setattr(batchens.results, "code_version", lambda: ("decade", False))
     rows = run(method="naive_average")
     assert {row["networks_commit"] for row in rows} == {"c0ffee + decade"}
     assert {path.suffix for path in networks(tmp_path)[0].parent.iterdir()} <= {".pt", ".lock"}
@@ -714,27 +704,17 @@ def test_a_run_that_waits_makes_progress_when_the_network_does_that_it_waits_for
     [("permavg", 14), ("permavg", 48), ("distillation", 48), ("fine_tuned_average", 48)],
 )  # of 9 steps an epoch and 3 epochs a network: in the second of the first network, in the third of the extra ones
 def test_a_run_stopped_in_mid_epoch_and_gone_on_with_ends_as_one_that_was_not(
-    method, at, command, tmp_path, monkeypatch
+    method, at, stopped, command, tmp_path, monkeypatch
 ):
     options = (*OPTIONS, "--method", method, "--epochs", 3)
     own = Run("parameter_averaging", Config(**SMALL | {"method": method, "epochs": 3}), Folders())
     step, steps = optimizers.step, []
-
-    def stopping(*arguments):
-        steps.append(1)
-        if len(steps) == at + (27 if at > 27 else 0):
-            raise KeyboardInterrupt
-        step(*arguments)
-
-    with monkeypatch.context() as patched:
-        patched.setattr(optimizers, "step", stopping)
-        assert command(*options)[0] == 130
+    stopped(*options, at=at + (27 if at > 27 else 0))
     assert own.checkpoint.exists() == (at > 27) and len(list(tmp_path.rglob("*.checkpoint"))) == (at < 27)
-    taken = len(steps)
     with monkeypatch.context() as patched:
         patched.setattr(optimizers, "step", lambda *a: steps.append(1) or step(*a))
         assert command(*options)[0] == 0
-    assert len(steps) - taken == 81 - (9 if at < 27 else 72)  # whole epochs are not repeated
+    assert len(steps) == 81 - (9 if at < 27 else 72)  # whole epochs are not repeated
     assert list(own.folder.iterdir()) == [] and not list(tmp_path.rglob("*.checkpoint"))
     resumed = rows_of(own.result)
     uninterrupted = run(tmp_path / "other", method=method, epochs=3)

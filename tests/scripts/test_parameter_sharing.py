@@ -4,7 +4,6 @@ from dataclasses import fields, replace
 
 import pytest
 
-from batchens import optimizers
 from batchens.grid import run_id
 from batchens.results import METRICS, damage, differences
 from batchens.run import Folders, Run
@@ -197,20 +196,10 @@ def rows_of(folder):
 
 
 @pytest.mark.parametrize("ties", ["whole", "scaled", "part"])
-def test_a_run_stopped_in_mid_epoch_and_gone_on_with_ends_as_one_that_was_not(ties, command, tmp_path, monkeypatch):
+def test_a_run_stopped_in_mid_epoch_and_gone_on_with_ends_as_one_that_was_not(ties, stopped, command, tmp_path):
     settings = ("--regime", "both", "--ties", ties, "--ensemble-size", "2", "--epochs", "3", "--threads", "1")
     run = Run("parameter_sharing", Config(regime="both", ties=ties, ensemble_size=2, epochs=3), Folders())
-    step, steps = optimizers.step, []
-
-    def stopping(*arguments):
-        steps.append(1)
-        if len(steps) == 14:  # of 9 an epoch
-            raise KeyboardInterrupt
-        step(*arguments)
-
-    with monkeypatch.context() as patched:
-        patched.setattr(optimizers, "step", stopping)
-        assert command(*settings)[0] == 130
+    stopped(*settings)
     assert run.checkpoint.exists() and not run.result.exists()
     assert command(*settings)[0] == 0
     assert list(run.folder.iterdir()) == []
